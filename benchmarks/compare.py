@@ -1,0 +1,294 @@
+"""
+IRIS against PPO, DQN, QR-DQN and RecurrentPPO: the same environment, number of env steps and evaluation, several seeds::
+
+    python benchmarks/compare.py --env MinAtar/Breakout --steps 10000 --out runs/compare --jobs 2
+    python benchmarks/compare.py --env Pong --steps 100000 --algos iris dqn --seeds 0 1 2 --out runs/compare_pong
+
+``--env`` is a game of MinAtar or an Atari game. Settings are those of ``iris.yml`` and ``baselines.yml`` in ``hyperparams/``.
+Writes ``compare.md`` and the curves into ``--out``. The same command goes on after an interruption: finished runs stay, others
+begin anew. ``--report`` writes the report of what is there and runs nothing.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch as th
+import yaml
+from gymnasium import spaces
+from sb3_contrib import QRDQN, RecurrentPPO
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecTransposeImage
+from torch import nn
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import runs
+from sb3_iris import IRIS
+from sb3_iris.atari_wrappers import make_atari_env
+
+HERE = Path(__file__).resolve().parent
+ALGOS: dict[str, type[BaseAlgorithm]] = {
+    "iris": IRIS,
+    "ppo": PPO,
+    "dqn": DQN,
+    "qrdqn": QRDQN,
+    "recurrent_ppo": RecurrentPPO,
+}
+OURS = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "sign_rewards")  # not the constructor's
+MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
+EVALUATION_SEED = 1_000_000
+
+
+class MinAtarCnn(BaseFeaturesExtractor):
+    """
+    The network of MinAtar's paper, for images too small for SB3's: a 3x3 convolution of 16 filters and a layer of 128.
+
+    :param observation_space: Images, channels first.
+    """
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, features_dim=128)
+        channels, height, width = observation_space.shape
+        self.network = nn.Sequential(
+            nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * (height - 2) * (width - 2), 128), nn.ReLU()
+        )
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.network(observations)
+
+
+class SignRewards(VecEnvWrapper):
+    """Gives the sign of each reward, as is usual when a baseline is trained on Atari; scores are counted inside."""
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, np.sign(rewards), dones, infos
+
+
+class Progress(BaseCallback):
+    """
+    Writes down every finished game, and stops after the steps that all algorithms get (what PPO has collected since its last
+    update is then left over, less than one of its rollouts).
+
+    :param run: The run.
+    :param stop: Whether to stop; IRIS ends by itself, and trains on after its last step.
+    """
+
+    def __init__(self, run: runs.Run, stop: bool) -> None:
+        super().__init__()
+        self.run = run
+        self.stop = stop
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                game = {"step": self.num_timesteps, "score": float(info["episode"]["r"]), "frames": int(info["episode"]["l"])}
+                self.run.data["training_games"].append(game)
+        self.run.data["steps"] = self.num_timesteps
+        self.run.save(at_most_every=10)
+        return not self.stop or self.num_timesteps < self.run.spec["steps"]
+
+
+def settings(algo: str, env: str) -> dict[str, Any]:
+    """
+    :param algo: Name in ``ALGOS``.
+    :param env: Environment.
+    :return: What the settings files say.
+    """
+    kind, _, game = env.rpartition("/")
+    if algo == "iris":
+        sections = yaml.safe_load((HERE / "hyperparams" / "iris.yml").read_text())
+        section = f"MinAtar/{game}-v1" if kind == "MinAtar" else f"ALE/{env}-v5"
+        return sections.get(section, sections["atari"])
+    return yaml.safe_load((HERE / "hyperparams" / "baselines.yml").read_text())["minatar" if kind == "MinAtar" else "atari"][
+        algo
+    ]
+
+
+def make_env(env: str, n_envs: int, seed: int, evaluation: bool, frame_stack: int = 1, sign_rewards: bool = False) -> VecEnv:
+    """
+    :param env: Environment.
+    :param n_envs: How many at once.
+    :param seed: Seed of the first.
+    :param evaluation: Whether scores are counted rather than learned from.
+    :param frame_stack: Frames in an observation.
+    :param sign_rewards: Whether to give the sign of rewards only.
+    :return: The environments, channels first.
+    """
+    if env.startswith("MinAtar/"):
+        from benchmarks.minatar_env import make_minatar
+
+        game = env.removeprefix("MinAtar/")
+        vec_env = make_vec_env(lambda: make_minatar(game), n_envs, seed=seed)
+    else:
+        vec_env = make_atari_env(env, n_envs, seed=seed, evaluation=evaluation)
+    if sign_rewards and not evaluation:
+        vec_env = SignRewards(vec_env)
+    if frame_stack > 1:
+        vec_env = VecFrameStack(vec_env, frame_stack)
+    return VecTransposeImage(vec_env)
+
+
+def play(run: runs.Run, device: str = "auto") -> None:
+    """
+    Train and evaluate one algorithm with one seed.
+
+    :param run: The run.
+    :param device: Device of the networks.
+    """
+    spec, data = run.spec, run.data
+    env, algo, config = spec["env"], spec["agent"], dict(spec["config"])
+    data.update(status="training", steps=0, training_games=[], evaluation_games=[], seconds={})
+    run.save()
+    began = time.monotonic()
+    stack, sign = config.get("frame_stack", 1), config.get("sign_rewards", False)
+    vec_env = make_env(env, config["n_envs"], spec["seed"] * 1000, False, stack, sign)
+    kwargs = {name: value for name, value in config.items() if name not in OURS}
+    for name in ("learning_rate", "clip_range"):
+        if isinstance(kwargs.get(name), str):
+            kwargs[name] = LinearSchedule(float(kwargs[name].removeprefix("lin_")), 0.0, 1.0)
+    if algo != "iris" and env.startswith("MinAtar/"):
+        kwargs["policy_kwargs"] = {"features_extractor_class": MinAtarCnn, **kwargs.get("policy_kwargs", {})}
+    make: Callable[..., BaseAlgorithm] = ALGOS[algo]
+    model = make(env=vec_env, seed=spec["seed"], device=device, **kwargs)
+    model.learn(spec["steps"], callback=Progress(run, stop=algo != "iris"))
+    data["seconds"]["training"] = time.monotonic() - began
+    data["status"] = "evaluating"
+    run.save()
+    vec_env.close()
+    model.save(run.folder / "model.zip")
+
+    began = time.monotonic()
+    eval_env = make_env(env, 1, EVALUATION_SEED + spec["seed"] * 1000, True, stack)
+    obs, state, start = eval_env.reset(), None, np.ones(1, dtype=bool)
+    while len(data["evaluation_games"]) < spec["eval_games"]:
+        action, state = model.predict(obs, state=state, episode_start=start, deterministic=False)  # type: ignore[arg-type]
+        obs, _, start, infos = eval_env.step(action)
+        if "episode" in infos[0]:
+            episode = infos[0]["episode"]
+            data["evaluation_games"].append({"score": float(episode["r"]), "frames": int(episode["l"])})
+            run.save(at_most_every=10)
+    eval_env.close()
+    data["seconds"]["evaluation"] = time.monotonic() - began
+    data["score"] = float(np.mean([game["score"] for game in data["evaluation_games"]]))
+    data["status"] = "done"
+    run.save()
+
+
+def report(out: Path, reps: int = 2_000) -> str:
+    """
+    Write ``compare.md`` and the curves.
+
+    :param out: Folder with the runs.
+    :param reps: Bootstrap samples.
+    :return: The report in Markdown.
+    :raises ValueError: If there are no runs, or runs of different protocols.
+    """
+    from rliable import metrics
+
+    from benchmarks.report import curve_values, intervals, save, table
+
+    found = runs.find(out)
+    protocols = {
+        (d["spec"].get("benchmark"), d["spec"].get("env"), d["spec"]["steps"], d["spec"]["eval_games"]) for d in found
+    }
+    if len(protocols) > 1 or next(iter(protocols))[0] != "compare":
+        raise ValueError(f"{out} has runs of other or of several protocols in it: {sorted(map(str, protocols))}")
+    _, env, steps, eval_games = protocols.pop()
+    rows = []
+    figure, axes = plt.subplots(figsize=(6, 4))
+    at = np.linspace(0, steps, 26)[1:]
+
+    def estimates(scores: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_mean(scores), metrics.aggregate_iqm(scores)])
+
+    for algo in ALGOS:
+        of_algo = [data for data in found if data["spec"]["agent"] == algo]
+        done = [data for data in of_algo if data["status"] == "done"]
+        if not of_algo:
+            continue
+        if not done:
+            rows.append([algo, f"0 of {len(of_algo)}", "-", "-", "-", "-"])
+            continue
+        points, bounds = intervals({algo: np.array([[data["score"]] for data in done])}, estimates, reps)
+        cells = [f"{points[algo][i]:.2f} [{bounds[algo][0, i]:.2f}, {bounds[algo][1, i]:.2f}]" for i in range(2)]
+        hours = np.mean([sum(data["seconds"].values()) for data in done]) / 3600
+        machine = done[-1]["sessions"][-1]["hardware"]
+        rows.append([algo, f"{len(done)} of {len(of_algo)}", *cells, f"{hours:.2f}", str(machine["gpu"] or machine["cpu"])])
+        games = [[(game["step"], game["score"]) for game in data["training_games"]] for data in done]
+        cube = np.array([[curve_values(curve, at)] for curve in games])  # (runs, 1, steps)
+        known = ~np.isnan(cube).any(axis=(0, 1))
+        if known.any():
+            mean, band = intervals({algo: cube[..., known]}, lambda scores: scores.mean(axis=(0, 1)), min(reps, 500))
+            axes.plot(at[known], mean[algo], label=algo)
+            axes.fill_between(at[known], *band[algo], alpha=0.2)
+    axes.set_xlabel("env steps")
+    axes.set_ylabel("score, mean of the last 10 training games")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    save(figure, out / "compare")
+    header = ["Algorithm", "Runs", "Mean score", "IQM", "Hours a run", "On"]
+    markdown = (
+        f"# {env}, {steps:,} env steps\n\nScores of {eval_games} games after training, actions sampled. Square brackets: 95 % "
+        f"bootstrap interval over runs.\n\n{table(header, rows)}\n![Curves](compare.png)\n"
+    )
+    (out / "compare.md").write_text(markdown, encoding="utf-8")
+    return markdown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs and of the report")
+    parser.add_argument("--env", default="MinAtar/Breakout", help="MinAtar/GAME or an Atari game (default: MinAtar/Breakout)")
+    parser.add_argument("--algos", nargs="+", default=list(ALGOS), choices=list(ALGOS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--steps", type=int, default=10_000, help="env steps a run (default: 10000)")
+    parser.add_argument("--eval-games", type=int, default=100, help="games after training (default: 100)")
+    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    runs.add_arguments(parser)
+    args = parser.parse_args()
+    if not args.report:
+        if min(args.steps, args.eval_games, args.jobs) < 1 or min(args.seeds) < 0:
+            raise ValueError("--steps, --eval-games and --jobs must be at least 1, and --seeds at least 0")
+        kind, _, game = args.env.rpartition("/")
+        if kind not in ("", "MinAtar") or (kind == "MinAtar" and game not in MINATAR):
+            raise ValueError(f"--env {args.env}: give an Atari game, or MinAtar/ and one of {', '.join(MINATAR)}")
+        if kind == "":
+            make_atari_env(args.env).close()  # complains about an unknown game
+        specs = {}
+        for seed in dict.fromkeys(args.seeds):
+            for algo in dict.fromkeys(args.algos):
+                spec = {"benchmark": "compare", "agent": algo, "env": args.env, "seed": seed, "steps": args.steps}
+                spec |= {"eval_games": args.eval_games, "config": settings(algo, args.env)}
+                specs[args.out / algo / f"seed_{seed}"] = spec
+        runs.check(specs)
+        if args.ray_address:
+            runs.check_ray(args.ray_address)
+        runs.create(specs)
+        status = runs.run_all(list(specs), "benchmarks.compare:play", {}, args)
+    else:
+        status = 0
+    print(report(args.out))
+    return status
+
+
+if __name__ == "__main__":
+    runs.main(main)

@@ -1,0 +1,35 @@
+"""MinAtar's games as images: ten by ten pixels in the colours of MinAtar's own renderer."""
+
+from typing import Any
+
+import gymnasium as gym
+import minatar.gym
+import numpy as np
+from gymnasium import spaces
+
+minatar.gym.register_envs()
+
+
+class RenderedObservation(gym.ObservationWrapper):
+    """
+    Shows what MinAtar renders, (10, 10, 3) uint8, in place of its binary planes.
+
+    :param env: A MinAtar game made with ``render_mode="rgb_array"``.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = spaces.Box(0, 255, (10, 10, 3), dtype=np.uint8)
+
+    def observation(self, observation: Any) -> np.ndarray:
+        return np.round(255 * np.asarray(self.env.render())).astype(np.uint8)
+
+
+def make_minatar(game: str, max_episode_steps: int = 1_000) -> gym.Env:
+    """
+    :param game: MinAtar's name of the game, as in "Breakout" or "SpaceInvaders"; its minimal action set is used.
+    :param max_episode_steps: Steps after which an episode is truncated.
+    :return: The game with image observations.
+    """
+    env = gym.make(f"MinAtar/{game}-v1", render_mode="rgb_array", max_episode_steps=max_episode_steps)
+    return RenderedObservation(env)

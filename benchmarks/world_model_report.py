@@ -1,0 +1,47 @@
+"""
+How far the learned game can be trusted, measured on new episodes of the real one, as a table and a plot::
+
+    python benchmarks/world_model_report.py model.zip --env benchmarks.minatar_env:make_minatar --env-kwargs game=Breakout
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from stable_baselines3.common.env_util import make_vec_env
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from sb3_iris import IRIS
+from sb3_iris.play import literal, make_env
+from sb3_iris.visualization import world_model_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a file that IRIS.save wrote")
+    parser.add_argument("--env", required=True, help="the real game: a name registered with Gymnasium, or module:function")
+    parser.add_argument("--env-kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="its arguments")
+    parser.add_argument("--n-envs", type=int, default=8, help="real games at a time (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1_000, help="real steps to play (default: %(default)s)")
+    parser.add_argument("--horizon", type=int, default=20, help="most steps to imagine (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the world model (default: %(default)s)")
+    parser.add_argument("--kept-frames", type=int, help="frames that stay in a full context (default: a sliding window)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("world_model_report"), help="files to write, without suffix")
+    args = parser.parse_args()
+    env_kwargs = {name: literal(value) for name, _, value in (pair.partition("=") for pair in args.env_kwargs)}
+
+    model = IRIS.load(args.model, device=args.device)
+    env = make_vec_env(lambda: make_env(args.env, env_kwargs), args.n_envs)
+    report = world_model_report(
+        model, env, args.steps, args.horizon, args.temperature, kept_frames=args.kept_frames, seed=args.seed
+    )
+    print(report.table())
+    args.out.with_suffix(".md").write_text(report.table() + "\n")
+    report.plot(args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

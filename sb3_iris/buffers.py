@@ -1,0 +1,239 @@
+"""
+The replay buffer: transitions of all environments in a ring, sampled as padded segments of episodes.
+
+What belongs together, for one environment whose episode ends with step 2::
+
+    index                 0     1     2  |  3     4
+    observations          o0    o1    o2 |  o3    o4      o3 is the first frame of the next episode
+    actions               a0    a1    a2 |  a3    a4      taken on the observation of the same index
+    rewards               r0    r1    r2 |  r3    r4      received for the action of the same index
+    terminations          0     0     1  |  0     0       1: the env terminated on that action (2 may be a truncation instead)
+    episode_starts        1     0     0  |  1     0
+
+Vectorised environments reset by themselves, so the frame after an episode's last action is not stored.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_iris.type_aliases import SequenceSamples, TokenSamples
+
+Encode = Callable[[np.ndarray], th.Tensor]
+
+ENCODED_TOGETHER = 256  # frames; bounds the memory that encoding takes
+
+
+class SequenceReplayBuffer(BaseBuffer):
+    """
+    Replay buffer of frames, actions, rewards, terminations and truncations that samples segments of single episodes.
+
+    Frames are kept once each, as uint8: 100,000 steps of 64x64 RGB take 1.2 GB. Memory is taken as the buffer fills.
+    Once full, the oldest steps of each environment are overwritten; what is left of their episode stays in use.
+
+    :param buffer_size: Most steps to keep, over all environments.
+    :param observation_space: uint8 images, (C, H, W).
+    :param action_space: Discrete actions.
+    :param device: Where samples go.
+    :param n_envs: Number of environments.
+    """
+
+    _arrays = ("observations", "actions", "rewards", "terminations", "truncations", "episode_starts")
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+    ) -> None:
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        self.n_actions = int(action_space.n)
+        shape = (self.buffer_size, n_envs)
+        self.observations = np.zeros((*shape, *self.obs_shape), dtype=np.uint8)
+        self.actions = np.zeros(shape, dtype=np.int64)
+        self.rewards = np.zeros(shape, dtype=np.float32)
+        self.terminations = np.zeros(shape, dtype=bool)
+        self.truncations = np.zeros(shape, dtype=bool)
+        self.episode_starts = np.zeros(shape, dtype=bool)
+        self._episodes: np.ndarray | None = None  # (episodes, 3) int64, see `episodes`; None once it is out of date
+        self._tokens: np.ndarray | None = None  # (buffer_size, N, K) int32, -1 where a frame has not been encoded
+
+    def reset(self) -> None:
+        """Forget all steps."""
+        super().reset()
+        self._episodes = None
+        self._tokens = None
+
+    def add(  # type: ignore[override]
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        episode_start: np.ndarray,
+    ) -> None:
+        """
+        Add one step of every environment.
+
+        :param obs: (N, C, H, W) uint8, what the action was taken on
+        :param action: (N,) int
+        :param reward: (N,) float
+        :param terminated: (N,) bool, whether the environment reached an end of its own
+        :param truncated: (N,) bool, whether the episode was cut off, by a time limit for instance
+        :param episode_start: (N,) bool, whether ``obs`` is the first frame of an episode
+        """
+        self.observations[self.pos] = obs
+        self.actions[self.pos] = action
+        self.rewards[self.pos] = reward
+        self.terminations[self.pos] = terminated
+        self.truncations[self.pos] = truncated
+        self.episode_starts[self.pos] = episode_start
+        self._episodes = None
+        if self._tokens is not None:
+            self._tokens[self.pos] = -1
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full = True
+            self.pos = 0
+
+    @property
+    def episodes(self) -> np.ndarray:
+        """
+        Episodes in the buffer, running ones and ones that lost their first steps included.
+
+        :return: (episodes, 3) int64: environment, first step counted from the oldest one in the buffer, length.
+        """
+        if self._episodes is None:
+            starts = self._in_order(self.episode_starts).copy()
+            starts[:1] = True  # the oldest step: here begins what is left of its episode
+            envs, firsts = np.nonzero(starts.T)  # by environment, then by time
+            lasts = np.append(firsts[1:], self.size())
+            lasts[np.append(envs[1:] != envs[:-1], True)] = self.size()
+            self._episodes = np.stack([envs, firsts, lasts - firsts], axis=1)
+        return self._episodes
+
+    def sample(  # type: ignore[override]
+        self, batch_size: int, sequence_length: int, rng: np.random.Generator, pad_left: bool = False
+    ) -> SequenceSamples:
+        """
+        Sample segments: an episode is drawn uniformly, whatever its length, then a step of it. The segment begins with
+        that step and is padded on the right past the episode's end or, with ``pad_left``, ends with that step and is
+        padded on the left before the episode's start.
+
+        :param batch_size: Number of segments B.
+        :param sequence_length: Steps in a segment T.
+        :param rng: Random stream of the draws.
+        :param pad_left: Whether the step drawn is the segment's last one rather than its first.
+        :return: The segments, on the buffer's device.
+        """
+        return self._segments(*self._draw(batch_size, sequence_length, rng, pad_left))
+
+    def sample_tokens(
+        self, batch_size: int, sequence_length: int, rng: np.random.Generator, encode: Encode, pad_left: bool = False
+    ) -> TokenSamples:
+        """
+        Sample segments as ``sample`` does, with the tokens of the frames in place of the frames. A frame is encoded when it
+        is first drawn and never again, until ``forget_tokens`` is called; that costs 4 K bytes a frame.
+
+        :param batch_size: Number of segments B.
+        :param sequence_length: Steps in a segment T.
+        :param rng: Random stream of the draws.
+        :param encode: Gives the tokens of frames, (n, C, H, W) uint8 to (n, K) int64.
+        :param pad_left: Whether the step drawn is the segment's last one rather than its first.
+        :return: The segments, on the buffer's device.
+        """
+        steps, envs, mask = self._draw(batch_size, sequence_length, rng, pad_left)
+        rows, columns = self._locate(steps, mask), np.broadcast_to(envs[:, None], mask.shape)
+        if self._tokens is None:
+            tokens_per_frame = encode(self.observations[:1, 0]).shape[1]
+            self._tokens = np.full((self.buffer_size, self.n_envs, tokens_per_frame), -1, dtype=np.int32)
+        drawn = np.unique(rows[mask] * self.n_envs + columns[mask])
+        unknown = drawn[self._tokens.reshape(-1, self._tokens.shape[2])[drawn, 0] < 0]
+        for first in range(0, len(unknown), ENCODED_TOGETHER):
+            where = np.divmod(unknown[first : first + ENCODED_TOGETHER], self.n_envs)
+            self._tokens[where] = encode(self.observations[where]).cpu().numpy()
+        return TokenSamples(self._gather(self._tokens, rows, envs, mask).long(), *self._outcomes(rows, envs, mask))
+
+    def forget_tokens(self) -> None:
+        """To be called when the tokenizer has changed."""
+        self._tokens = None
+
+    def _draw(
+        self, batch_size: int, sequence_length: int, rng: np.random.Generator, pad_left: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps of segments, (B, T), counted from the oldest one in the buffer, their environments (B,) and mask (B, T)."""
+        if self.size() == 0:
+            raise ValueError("The replay buffer is empty: there is nothing to sample, call add() first")
+        envs, firsts, lengths = self.episodes[rng.integers(len(self.episodes), size=batch_size)].T
+        drawn = firsts + rng.integers(lengths)
+        begin = drawn - sequence_length + 1 if pad_left else drawn
+        steps = begin[:, None] + np.arange(sequence_length)
+        mask = (steps >= firsts[:, None]) & (steps < (firsts + lengths)[:, None])
+        return steps, envs, mask
+
+    def latest(self, sequence_length: int, episode_start: np.ndarray) -> SequenceSamples:
+        """
+        The last steps of the running episodes, padded on the left: what an agent has seen before the observation to come.
+
+        :param sequence_length: Steps in a segment T.
+        :param episode_start: (N,) bool, whether the observation to come begins a new episode.
+        :return: One segment per environment.
+        """
+        running = self.episodes[np.append(np.diff(self.episodes[:, 0]) > 0, True)] if self.size() else self.episodes
+        steps = np.arange(self.size() - sequence_length, self.size())[None].repeat(self.n_envs, axis=0)
+        firsts = running[:, 1] if self.size() else np.zeros(self.n_envs, dtype=np.int64)
+        mask = (steps >= firsts[:, None]) & ~np.asarray(episode_start, dtype=bool)[:, None]
+        return self._segments(steps, np.arange(self.n_envs), mask)
+
+    def _segments(self, steps: np.ndarray, envs: np.ndarray, mask: np.ndarray) -> SequenceSamples:
+        """Frames and outcomes of steps, counted from the oldest one, of one environment per row of (B, T)."""
+        rows = self._locate(steps, mask)
+        return SequenceSamples(self._gather(self.observations, rows, envs, mask), *self._outcomes(rows, envs, mask))
+
+    def _locate(self, steps: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Rows of the arrays at which steps lie, counted from the oldest one; 0 where the mask is False."""
+        oldest = self.pos if self.full else 0
+        return np.where(mask, (oldest + steps) % self.buffer_size, 0)
+
+    def _outcomes(self, rows: np.ndarray, envs: np.ndarray, mask: np.ndarray) -> tuple[th.Tensor, ...]:
+        """Actions, rewards, terminations and the mask, (B, T) each."""
+        arrays = (self.actions, self.rewards, self.terminations)
+        return (*(self._gather(array, rows, envs, mask) for array in arrays), th.as_tensor(mask, device=self.device))
+
+    def _gather(self, array: np.ndarray, rows: np.ndarray, envs: np.ndarray, mask: np.ndarray) -> th.Tensor:
+        """Entries of an array as a tensor (B, T, ...); zeros where the mask is False."""
+        values = array[rows, envs[:, None]]
+        values[~mask] = 0
+        return th.as_tensor(values, device=self.device)
+
+    def _in_order(self, array: np.ndarray) -> np.ndarray:
+        """What is filled of an array, oldest step first."""
+        return np.concatenate([array[self.pos :], array[: self.pos]]) if self.full else array[: self.pos]
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> Any:
+        raise NotImplementedError("Segments are sampled with sample(), single transitions are not")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle only what is filled, so that a file is as large as what it holds."""
+        state = self.__dict__.copy()
+        state["_tokens"] = None
+        for name in self._arrays:
+            state[name] = state[name][: self.size()]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in self._arrays:
+            filled = state[name]
+            array = np.zeros((self.buffer_size, *filled.shape[1:]), dtype=filled.dtype)
+            array[: len(filled)] = filled
+            setattr(self, name, array)

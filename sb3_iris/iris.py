@@ -1,0 +1,545 @@
+"""IRIS as a Stable-Baselines3 algorithm: it plays, and it trains what plays."""
+
+import io
+import math
+import pathlib
+import pickle
+import time
+import warnings
+import zipfile
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, BinaryIO, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_pkl, open_path, save_to_pkl
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import safe_mean
+from torch import nn
+from tqdm import tqdm
+
+from sb3_iris import atari_wrappers  # noqa: F401  (registers ale-py's games, so that their names can be given as env)
+from sb3_iris.actor_critic import actor_critic_loss, sample_categorical
+from sb3_iris.buffers import SequenceReplayBuffer
+from sb3_iris.imagination import ImaginedGame, imagine
+from sb3_iris.perceptual_loss import make_perceptual_loss
+from sb3_iris.policies import CnnLstmPolicy
+from sb3_iris.projection import projected_days
+from sb3_iris.reference_checkpoint import read_reference_checkpoint
+from sb3_iris.tokenizer import PerceptualLoss
+from sb3_iris.type_aliases import NETWORKS, Logs, LSTMState
+from sb3_iris.validation import check_hyperparameters, check_policy_kwargs, check_spaces
+from sb3_iris.world_model_env import WorldModelVecEnv
+
+SelfIRIS = TypeVar("SelfIRIS", bound="IRIS")
+
+
+class IRIS(BaseAlgorithm):
+    """
+    IRIS: "Transformers are Sample-Efficient World Models" (ICLR 2023), https://arxiv.org/abs/2209.00588
+
+    Plays ``train_freq`` steps, then trains the tokenizer, the world model and, in imagination alone, the actor-critic; that
+    pair is an epoch. After the last step ``final_training_epochs`` more training phases follow. Every default is the paper's.
+
+    :param policy: ``"CnnPolicy"`` or a subclass of ``CnnLstmPolicy``.
+    :param env: Environment with uint8 images and Discrete actions, or its name if it is registered with Gymnasium.
+    :param learning_rate: Learning rate of all three optimizers, or a schedule: a function of the remaining progress, which
+        falls from 1 at the start of ``learn`` to 0 at the end of its last training phase.
+    :param buffer_size: Most steps to keep for replay, over all environments.
+    :param train_freq: Env steps collected before each training phase.
+    :param tokenizer_batch_size: Frames in a batch.
+    :param tokenizer_gradient_steps: Gradient steps of the tokenizer per training phase.
+    :param tokenizer_learning_starts: Env steps before the tokenizer is trained.
+    :param world_model_batch_size: Segments in a batch.
+    :param world_model_gradient_steps: Gradient steps of the world model per training phase.
+    :param world_model_learning_starts: Env steps before the world model is trained.
+    :param world_model_weight_decay: Weight decay of the world model's ``Linear`` weights.
+    :param actor_critic_batch_size: Imagined trajectories in a batch.
+    :param actor_critic_gradient_steps: Gradient steps of the actor-critic per training phase.
+    :param actor_critic_learning_starts: Env steps before the actor-critic is trained.
+    :param sequence_length: Steps in the world model's context and training segments, at least 2.
+    :param imagination_horizon: Imagined steps per trajectory, at least 2.
+    :param burn_in: Real steps before an imagined trajectory or a collection that warm up the LSTM, at least 0.
+    :param gamma: Discount in [0, 1].
+    :param gae_lambda: The lambda of the lambda-returns, in [0, 1].
+    :param ent_coef: Weight of the entropy bonus, at least 0.
+    :param max_grad_norm: Norm at which each network's gradient is clipped.
+    :param exploration_rate: Probability of a uniformly random action in collection, in [0, 1].
+    :param temperature: Temperature of the policy's sampling in collection; 0 takes the most likely action.
+    :param eval_temperature: Temperature of the sampling of ``predict(..., deterministic=False)``.
+    :param final_training_epochs: Training phases after the last env step of a call of ``learn``.
+    :param perceptual_loss: ``"auto"``: LPIPS if the package ``lpips`` and its weights are there; ``"lpips"``: LPIPS or an
+        error; None: none; or a function of frames and reconstructions, (B, C, H, W) on the [-1, 1] scale, whose mean is added.
+    :param stats_window_size: Episodes over which ``rollout/`` figures are averaged.
+    :param tensorboard_log: Folder of the TensorBoard logs; None for none.
+    :param policy_kwargs: Sizes of the networks, see ``CnnLstmPolicy``.
+    :param verbose: 0: silent, 1: info, 2: debug.
+    :param seed: Seed of all random streams.
+    :param device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
+    :param tokenizer_learning_stops: Env steps from which on the tokenizer is frozen, so that the world model's language stays
+        as it is; None never freezes it, as in the paper.
+    :param ignore_after_end: Whether the actor-critic's loss leaves out what is imagined after an imagined end; the paper's
+        does not. For games whose episodes are as short as the horizon.
+    :param _init_setup_model: Whether to build the networks; False when loading.
+    :raises ValueError: If an argument does not fit, named with its value and the way out.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CnnPolicy": CnnLstmPolicy, "CnnLstmPolicy": CnnLstmPolicy}
+    policy: CnnLstmPolicy
+    replay_buffer: SequenceReplayBuffer
+    observation_space: spaces.Box
+    action_space: spaces.Discrete
+
+    def __init__(
+        self,
+        policy: str | type[CnnLstmPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 1e-4,
+        buffer_size: int = 100_000,
+        train_freq: int = 200,
+        tokenizer_batch_size: int = 256,
+        tokenizer_gradient_steps: int = 200,
+        tokenizer_learning_starts: int = 1_000,
+        world_model_batch_size: int = 64,
+        world_model_gradient_steps: int = 200,
+        world_model_learning_starts: int = 5_000,
+        world_model_weight_decay: float = 0.01,
+        actor_critic_batch_size: int = 64,
+        actor_critic_gradient_steps: int = 200,
+        actor_critic_learning_starts: int = 10_000,
+        sequence_length: int = 20,
+        imagination_horizon: int = 20,
+        burn_in: int = 20,
+        gamma: float = 0.995,
+        gae_lambda: float = 0.95,
+        ent_coef: float = 0.001,
+        max_grad_norm: float = 10.0,
+        exploration_rate: float = 0.01,
+        temperature: float = 1.0,
+        eval_temperature: float = 0.5,
+        final_training_epochs: int = 100,
+        perceptual_loss: str | PerceptualLoss | None = "auto",
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        tokenizer_learning_stops: int | None = None,
+        ignore_after_end: bool = False,
+        _init_setup_model: bool = True,
+    ) -> None:
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            check_spaces(env.observation_space, env.action_space)
+        elif _init_setup_model:
+            raise ValueError("env=None: give an environment, or the name of one that is registered with Gymnasium")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            policy_kwargs=_tuples_to_lists(policy_kwargs or {}),
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+        )
+        self.buffer_size = buffer_size
+        self.train_freq = train_freq
+        self.tokenizer_batch_size = tokenizer_batch_size
+        self.tokenizer_gradient_steps = tokenizer_gradient_steps
+        self.tokenizer_learning_starts = tokenizer_learning_starts
+        self.tokenizer_learning_stops = tokenizer_learning_stops
+        self.world_model_batch_size = world_model_batch_size
+        self.world_model_gradient_steps = world_model_gradient_steps
+        self.world_model_learning_starts = world_model_learning_starts
+        self.world_model_weight_decay = world_model_weight_decay
+        self.actor_critic_batch_size = actor_critic_batch_size
+        self.actor_critic_gradient_steps = actor_critic_gradient_steps
+        self.actor_critic_learning_starts = actor_critic_learning_starts
+        self.sequence_length = sequence_length
+        self.imagination_horizon = imagination_horizon
+        self.burn_in = burn_in
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.ent_coef = ent_coef
+        self.max_grad_norm = max_grad_norm
+        self.exploration_rate = exploration_rate
+        self.temperature = temperature
+        self.eval_temperature = eval_temperature
+        self.final_training_epochs = final_training_epochs
+        self.perceptual_loss = perceptual_loss
+        self.ignore_after_end = ignore_after_end
+        self._progress_bar: tqdm | None = None
+        if _init_setup_model:
+            self._setup_model()
+
+    @classmethod
+    def _get_policy_from_name(cls, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in cls.policy_aliases:
+            raise ValueError(f"policy={policy_name!r} is unknown: it must be one of {sorted(cls.policy_aliases)}")
+        return cls.policy_aliases[policy_name]
+
+    def _setup_model(self) -> None:
+        check_hyperparameters(self)
+        if not (isinstance(self.policy_class, type) and issubclass(self.policy_class, CnnLstmPolicy)):
+            raise ValueError(f"policy={self.policy_class!r} must be 'CnnPolicy' or a subclass of CnnLstmPolicy")
+        check_policy_kwargs(self.policy_class, self.policy_kwargs)
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            sequence_length=self.sequence_length,
+            weight_decay=self.world_model_weight_decay,
+            eval_temperature=self.eval_temperature,
+            **self.policy_kwargs,
+        ).to(self.device)
+        saved = getattr(self, "replay_buffer", None)  # only when loading, after `save(..., include=["replay_buffer"])`
+        if saved is not None and saved.n_envs == self.n_envs:
+            saved.device = self.device
+        else:
+            self.replay_buffer = SequenceReplayBuffer(
+                self.buffer_size, self.policy.image_space, self.action_space, self.device, n_envs=self.n_envs
+            )
+        self._perceptual_loss = make_perceptual_loss(self.perceptual_loss, self.policy.image_space.shape, self.device)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed all random streams: torch's, the environment's, and the algorithm's own.
+
+        :param seed: None draws fresh ones where they are the algorithm's own, and leaves the others as they are.
+        """
+        super().set_random_seed(seed)
+        self._rng = np.random.default_rng(seed)
+        if seed is not None and hasattr(self, "policy"):
+            self.policy.seed(seed)
+
+    def collect_rollouts(self, callback: BaseCallback, n_steps: int) -> bool:
+        """
+        Play in the environment and store what happens.
+
+        :param callback: Called once per step of all environments.
+        :param n_steps: Env steps to take, over all environments; rounded up to a multiple of their number.
+        :return: False if the callback asked to stop.
+        """
+        assert self.env is not None and self._last_obs is not None and self._last_episode_starts is not None
+        callback.on_rollout_start()
+        start = time.perf_counter()
+        # The networks may have changed since the last collection: rebuild the LSTM state from the frames it has seen
+        seen = self.replay_buffer.latest(self.burn_in, self._last_episode_starts)
+        tokenizer, actor_critic = self.policy.tokenizer, self.policy.actor_critic
+        state = actor_critic.burn_in(tokenizer.decode(tokenizer.encode(self.policy.to_frames(seen.observations))), seen.mask)
+
+        going_on = True
+        for _ in range(0, n_steps, self.n_envs):
+            obs = self._images(self._last_obs)
+            episode_starts = self._last_episode_starts
+            keep = th.as_tensor(~episode_starts, dtype=th.float32, device=self.device).unsqueeze(-1)
+            logits, state = self.policy.act(obs, LSTMState(state.hidden * keep, state.cell * keep))
+            actions = sample_categorical(logits, self.temperature).cpu().numpy()
+            explore = self._rng.random(self.n_envs) < self.exploration_rate
+            actions = np.where(explore, self._rng.integers(logits.shape[1], size=self.n_envs), actions)
+
+            new_obs, rewards, dones, infos = self.env.step(actions)
+            if self._vec_normalize_env is not None:
+                rewards = self._vec_normalize_env.get_original_reward()
+            truncated = dones & np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
+            self.replay_buffer.add(obs, actions, rewards, dones & ~truncated, truncated, episode_starts)
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
+            self.num_timesteps += self.n_envs
+            self._episode_num += int(dones.sum())
+            self._update_info_buffer(infos, dones)
+            if self._progress_bar is not None:
+                self._progress_bar.update(self.n_envs)
+            callback.update_locals(locals())
+            if not callback.on_step():
+                going_on = False
+                break
+        callback.on_rollout_end()
+        self.logger.record("time/collection_seconds", time.perf_counter() - start)
+        return going_on
+
+    def _images(self, obs: Any) -> np.ndarray:
+        """Observations of the env, (N, C, H, W) uint8, at the networks' size, as a copy that no env writes to."""
+        return np.array(self.policy.resize(obs))
+
+    def train(self) -> None:
+        """One training phase: gradient steps of each network whose start has been reached (Sec. 2 and App. A of the paper)."""
+        policy = self.policy
+        self._update_learning_rate([getattr(policy, f"{name}_optimizer") for name in NETWORKS])
+        losses: dict[str, Callable[[], tuple[th.Tensor, Logs]]] = {
+            "tokenizer": self._tokenizer_loss,
+            "world_model": self._world_model_loss,
+            "actor_critic": self._actor_critic_loss,
+        }
+        for name in NETWORKS:
+            n_steps = getattr(self, f"{name}_gradient_steps")
+            frozen = name == "tokenizer" and self.num_timesteps >= (self.tokenizer_learning_stops or math.inf)
+            if n_steps > 0 and not frozen and self.num_timesteps >= getattr(self, f"{name}_learning_starts"):
+                optimizer = getattr(policy, f"{name}_optimizer")
+                self._train_network(name, getattr(policy, name), optimizer, losses[name], n_steps)
+                if name == "tokenizer":
+                    self.replay_buffer.forget_tokens()
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _train_network(
+        self,
+        name: str,
+        network: nn.Module,
+        optimizer: th.optim.Optimizer,
+        compute_loss: Callable[[], tuple[th.Tensor, Logs]],
+        n_steps: int,
+    ) -> None:
+        """Gradient steps of one network on fresh batches; means over them are logged under its name."""
+        start = time.perf_counter()
+        history: list[Logs] = []
+        network.train()
+        hidden = self._progress_bar is None
+        for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
+            loss, logs = compute_loss()
+            optimizer.zero_grad()
+            loss.backward()
+            logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
+            optimizer.step()
+            history.append(logs)
+        network.eval()
+        self._n_updates += n_steps
+        for key in history[0]:
+            self.logger.record(f"{name}/{key}", th.stack([logs[key] for logs in history]).mean().item())
+        self.logger.record(f"time/{name}_seconds", time.perf_counter() - start)
+
+    def _tokenizer_loss(self) -> tuple[th.Tensor, Logs]:
+        samples = self.replay_buffer.sample(self.tokenizer_batch_size, 1, self._rng)
+        return self.policy.tokenizer.loss(self.policy.to_frames(samples.observations[:, 0]), self._perceptual_loss)
+
+    def _encode(self, observations: np.ndarray) -> th.Tensor:
+        return self.policy.tokenizer.encode(self.policy.to_frames(observations))
+
+    def _world_model_loss(self) -> tuple[th.Tensor, Logs]:
+        samples = self.replay_buffer.sample_tokens(self.world_model_batch_size, self.sequence_length, self._rng, self._encode)
+        return self.policy.world_model.loss(*samples)
+
+    def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
+        samples = self.replay_buffer.sample_tokens(
+            self.actor_critic_batch_size, self.burn_in + 1, self._rng, self._encode, pad_left=True
+        )
+        game = ImaginedGame(self.policy.tokenizer, self.policy.world_model)
+        trajectory = imagine(game, self.policy.actor_critic, samples.tokens, samples.mask, self.imagination_horizon)
+        return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
+
+    def learn(
+        self: SelfIRIS,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1,
+        tb_log_name: str = "IRIS",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfIRIS:
+        """
+        Play ``total_timesteps`` env steps with training phases in between, and ``final_training_epochs`` more behind.
+
+        :param total_timesteps: Env steps to take, over all environments; rounded up to a multiple of their number.
+        :param callback: Called once per step of all environments, and around each collection.
+        :param log_interval: Epochs (a collection and its training phase) between two logs; None for no logs.
+        :param tb_log_name: Name of the run for TensorBoard.
+        :param reset_num_timesteps: Whether to count steps from zero; False goes on with the run.
+        :param progress_bar: Show a bar of the env steps and one of each training phase.
+        :return: The model itself.
+        :raises ValueError: If an argument does not fit, or the model was loaded without an environment.
+        """
+        if self.env is None:
+            raise ValueError("env=None: the model was loaded without an environment, give it one with set_env()")
+        if not (isinstance(total_timesteps, Real) and 0 <= total_timesteps < math.inf):
+            raise ValueError(f"total_timesteps={total_timesteps!r} must be a finite number of at least 0")
+        if log_interval is not None and not (isinstance(log_interval, int | np.integer) and log_interval >= 1):
+            raise ValueError(f"log_interval={log_interval!r} must be a whole number of at least 1, or None for no logs")
+        total_timesteps = math.ceil(total_timesteps)  # 1e5 is welcome
+        total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name)
+        if self.device.type == "cpu" and (days := projected_days(self)) > 1:
+            warnings.warn(
+                f"A run of the paper's length, 100,000 steps, would take about {days:.0f} days on this CPU at these settings. "
+                "Use a GPU, or the small settings that the README gives under 'On a laptop'."
+            )
+        # The networks may have been changed from outside since the last call, or a training phase of it interrupted
+        self.replay_buffer.forget_tokens()
+        self.policy.set_training_mode(False)
+        if progress_bar:
+            self._progress_bar = tqdm(
+                total=total_timesteps, initial=self.num_timesteps, desc="env steps", unit="step", position=0
+            )
+        try:
+            callback.on_training_start(locals(), globals())
+            self._learn(total_timesteps, callback, log_interval)
+            callback.on_training_end()
+        finally:
+            if self._progress_bar is not None:
+                self._progress_bar.close()
+                self._progress_bar = None
+        return self
+
+    def _learn(self, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
+        """All epochs of a call of ``learn``, the final training phases included."""
+        final_epochs = self.final_training_epochs if self.num_timesteps < total_timesteps else 0
+        # Schedules run to the end of the final training phases, each of which counts like the steps of an epoch
+        progress_at_end = total_timesteps + final_epochs * self.train_freq
+        epoch = 0
+        while self.num_timesteps < total_timesteps or final_epochs > 0:
+            if self.num_timesteps < total_timesteps:
+                if not self.collect_rollouts(callback, min(self.train_freq, total_timesteps - self.num_timesteps)):
+                    break
+                progress = self.num_timesteps
+            else:
+                final_epochs -= 1
+                progress = progress_at_end - final_epochs * self.train_freq
+            self._update_current_progress_remaining(progress, progress_at_end)
+            self.train()
+            epoch += 1
+            if log_interval is not None and epoch % log_interval == 0:
+                self.dump_logs()
+
+    def dump_logs(self) -> None:
+        """Write what was logged since the last time to all outputs of the logger."""
+        assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
+        time_elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
+        fps = int((self.num_timesteps - self._num_timesteps_at_start) / time_elapsed)
+        if len(self.ep_info_buffer) > 0:
+            self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
+            self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
+        if len(self.ep_success_buffer) > 0:
+            self.logger.record("rollout/success_rate", safe_mean(self.ep_success_buffer))
+        self.logger.record("time/episodes", self._episode_num, exclude="tensorboard")
+        self.logger.record("time/fps", fps)
+        self.logger.record("time/time_elapsed", int(time_elapsed), exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
+
+    def get_world_model_env(self, n_envs: int = 1, **kwargs: Any) -> WorldModelVecEnv:
+        """
+        The learned game as an environment, to train other algorithms in it.
+
+        :param n_envs: Number of games.
+        :param kwargs: Further arguments of ``WorldModelVecEnv``.
+        :return: The games, on the model's device.
+        """
+        return WorldModelVecEnv(self, n_envs, **kwargs)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle file.
+
+        :param path: File to write, ``.pkl`` is added if it has no suffix, or a file object.
+        """
+        save_to_pkl(path, self.replay_buffer, self.verbose)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Load a replay buffer from a pickle file. The next call of ``learn`` begins a new episode.
+
+        :param path: File or file object from ``save_replay_buffer``. A pickle can run code: load only files you trust.
+        :raises ValueError: If it is no replay buffer of this algorithm, or one of other images or number of environments.
+        """
+        try:
+            replay_buffer = load_from_pkl(path, self.verbose)
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError) as error:
+            raise ValueError(f"path={path!r} is not a file saved by save_replay_buffer: {error!r}") from error
+        if not isinstance(replay_buffer, SequenceReplayBuffer):
+            raise ValueError(f"path={path!r} holds a {type(replay_buffer).__name__}, not a replay buffer saved by IRIS")
+        ours, theirs = ((buffer.n_envs, buffer.obs_shape, buffer.n_actions) for buffer in (self.replay_buffer, replay_buffer))
+        if ours != theirs:
+            raise ValueError(
+                f"path={path!r} holds a replay buffer of (n_envs, image shape, actions) = {theirs}, but this model has "
+                f"{ours}: load it into a model with the same environments and image_size"
+            )
+        replay_buffer.device = self.device
+        self.replay_buffer = replay_buffer
+        self._last_obs = None  # the steps to come do not follow those in the file
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """As in ``BaseAlgorithm``."""
+        super().set_parameters(*args, **kwargs)
+        self.replay_buffer.forget_tokens()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_perceptual_loss", "_progress_bar"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", *(f"policy.{name}_optimizer" for name in NETWORKS)], []
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfIRIS],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfIRIS:
+        """
+        Load a model saved with ``save``; see ``BaseAlgorithm.load``.
+
+        :raises ValueError: If the file was not saved by this algorithm.
+        """
+        file = open_path(path, "r", verbose=0, suffix="zip")
+        try:
+            names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+            file.seek(0)
+        finally:
+            if file is not path:
+                file.close()
+        if not {f"policy.{name}_optimizer.pth" for name in NETWORKS} <= set(names):
+            raise ValueError(
+                f"path={path!r} was not saved by IRIS: its optimizers are not in it. Load it with the class that saved it, "
+                "or with IRIS.load_reference_checkpoint if it comes from the authors' program"
+            )
+        if "policy_kwargs" in kwargs:
+            kwargs["policy_kwargs"] = _tuples_to_lists(kwargs["policy_kwargs"] or {})
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    @classmethod
+    def load_reference_checkpoint(
+        cls: type[SelfIRIS], path: str | pathlib.Path | BinaryIO, env: GymEnv | str, **kwargs: Any
+    ) -> SelfIRIS:
+        """
+        Make a model from a checkpoint of the paper's authors' program, to play with or to train on.
+
+        Sizes are read off the file. Attention heads leave no trace in it: if there are other than the paper's four, give
+        ``policy_kwargs=dict(n_heads=...)``.
+
+        :param path: Their file, a PyTorch state dict; it is read without running any code in it.
+        :param env: Environment with the actions that the checkpoint was trained with, see ``make_atari_env``.
+        :param kwargs: Further arguments of the constructor.
+        :return: The model.
+        :raises ValueError: If the file is no such checkpoint, or does not fit the environment or ``kwargs``.
+        """
+        checkpoint = read_reference_checkpoint(path)
+        policy_kwargs = {**checkpoint.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {})}
+        kwargs = {"policy": "CnnPolicy", "sequence_length": checkpoint.sequence_length, **kwargs}
+        model = cls(env=env, policy_kwargs=policy_kwargs, **kwargs)
+        if model.replay_buffer.n_actions != checkpoint.n_actions:
+            raise ValueError(
+                f"path={path!r} is an agent of {checkpoint.n_actions} actions, but env has {model.action_space}: "
+                "give the environment that it was trained on"
+            )
+        try:
+            model.policy.load_state_dict(checkpoint.state_dict)
+        except RuntimeError as error:
+            raise ValueError(f"path={path!r} does not fit env or policy_kwargs={policy_kwargs}: {error}") from error
+        return model
+
+
+def _tuples_to_lists(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Saved tuples come back as lists; lists from the start compare equal to what is loaded."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in policy_kwargs.items()}

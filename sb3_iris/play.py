@@ -1,0 +1,194 @@
+"""
+Play the learned game in a window::
+
+    python -m sb3_iris.play model.zip --env ALE/Breakout-v5
+    python -m sb3_iris.play model.zip --env benchmarks.minatar_env:make_minatar --env-kwargs game=Breakout --agent
+
+The environment gives the keys and the frames that games start from. Escape closes the window.
+"""
+
+import argparse
+import ast
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_iris.atari_wrappers import make_atari_env
+from sb3_iris.iris import IRIS
+from sb3_iris.policies import RecurrentState
+from sb3_iris.visualization import with_text
+from sb3_iris.world_model_env import WorldModelEnv, digit_keys, reconstruct, to_rgb
+
+ARROWS = {"left": 1073741904, "right": 1073741903, "up": 1073741906, "down": 1073741905}  # pygame's key codes
+
+
+class Window(gym.Wrapper):
+    """
+    What the window shows of a game: its frame, or the real frame beside the model's reconstruction, enlarged, with the last
+    action, the reward of the step and the return so far. With an agent, the keys do nothing.
+
+    :param env: The game, learned or real.
+    :param model: The model.
+    :param real: Whether the game is the real one.
+    :param agent: Whether the model's policy plays.
+    :param height: Height of a frame in the window, in pixels, at least.
+    """
+
+    def __init__(self, env: gym.Env, model: IRIS, real: bool = False, agent: bool = False, height: int = 320) -> None:
+        super().__init__(env)
+        self.model = model
+        self.real = real
+        self.agent = agent
+        self.height = height
+
+    @property
+    def render_mode(self) -> str:  # type: ignore[override]
+        return "rgb_array"
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self.observation, info = self.env.reset(**kwargs)
+        self.state: RecurrentState | None = None
+        self.total = 0.0
+        self.lines = ["", "return 0"]
+        return self.observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        if self.agent:
+            action, self.state = self.model.predict(np.asarray(self.observation), self.state)  # type: ignore[assignment]
+        self.observation, reward, terminated, truncated, info = self.env.step(int(action))
+        self.total += float(reward)
+        self.lines = [f"action {int(action)}  reward {float(reward):+.3g}", f"return {self.total:.3g}"]
+        return self.observation, reward, terminated, truncated, info
+
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        observation = np.asarray(self.observation)[None]
+        frames = [to_rgb(self.model.policy._to_images(observation)[0][0])]
+        if self.real:
+            frames.append(to_rgb(reconstruct(self.model, observation)[0]))
+        factor = -(-self.height // frames[0].shape[0])
+        image = np.concatenate([frame.repeat(factor, axis=0).repeat(factor, axis=1) for frame in frames], axis=1)
+        return with_text(image, self.lines, n_lines=2)
+
+
+def keys_to_action(env: gym.Env) -> dict[Any, int]:
+    """
+    Keys for a game: those that it names itself, else arrows and space for MinAtar's games, and digits for all others.
+
+    :param env: The real game.
+    :return: Actions by the keys pressed, for ``gymnasium.utils.play``.
+    """
+    if env.has_wrapper_attr("get_keys_to_action"):
+        return env.get_wrapper_attr("get_keys_to_action")()
+    assert isinstance(env.action_space, gym.spaces.Discrete)
+    keys = digit_keys(int(env.action_space.n))
+    names = getattr(getattr(getattr(env.unwrapped, "game", None), "env", None), "action_map", None)
+    if names is not None:
+        letters = {"l": ARROWS["left"], "r": ARROWS["right"], "u": ARROWS["up"], "d": ARROWS["down"], "f": ord(" ")}
+        for action, index in enumerate(getattr(env.unwrapped, "action_set", range(len(names)))):
+            if names[index] in letters:
+                keys[(letters[names[index]],)] = action
+    return keys
+
+
+def describe(keys: dict[Any, int]) -> str:
+    """
+    :param keys: What ``keys_to_action`` gave: actions by a key, a code, or a combination of them.
+    :return: It in words.
+    """
+    names = {code: name for name, code in ARROWS.items()} | {ord(" "): "space", " ": "space"}
+    combinations = [keys_ if isinstance(keys_, tuple | str) else (keys_,) for keys_ in keys]
+    parts = [[names.get(key) or (key if isinstance(key, str) else chr(key)) for key in keys_] for keys_ in combinations]
+    return ", ".join(f"{'+'.join(part)}: {action}" for part, action in zip(parts, keys.values(), strict=True))
+
+
+def make_env(name: str, kwargs: dict[str, Any]) -> gym.Env:
+    """
+    :param name: A name registered with Gymnasium, Atari games with the preprocessing of this package; or ``module:function``.
+    :param kwargs: Arguments of the environment or the function.
+    :return: The real game.
+    """
+    module, _, function = name.partition(":")
+    if function and callable(getattr(importlib.import_module(module), function, None)):
+        return getattr(importlib.import_module(module), function)(**kwargs)
+    if not name.startswith("ALE/"):
+        return gym.make(name, **kwargs)
+    atari = make_atari_env(name, **{"evaluation": True, **kwargs})
+    assert isinstance(atari, DummyVecEnv)
+    return atari.envs[0]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m sb3_iris.play", description="Play the learned game in a window.")
+    parser.add_argument("model", help="a file that IRIS.save wrote")
+    parser.add_argument("--env", required=True, help="the real game: a name registered with Gymnasium, or module:function")
+    parser.add_argument("--env-kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="its arguments")
+    parser.add_argument("--agent", action="store_true", help="let the policy play")
+    parser.add_argument("--real", action="store_true", help="play the real game, beside what the model makes of its frames")
+    parser.add_argument("--fps", type=int, default=10, help="steps per second (default: %(default)s)")
+    parser.add_argument("--zoom", type=float, default=1.0, help="size of the window (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the world model's sampling (default: %(default)s)")
+    parser.add_argument("--max-episode-steps", type=int, default=1_000, help="of the learned game (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="makes what happens reproducible")
+    parser.add_argument("--device", default="auto", help="where the networks are (default: %(default)s)")
+    args = parser.parse_args(argv)
+    pairs = [pair.partition("=") for pair in args.env_kwargs]
+    if not all(separator for _, separator, _ in pairs):
+        parser.error(f"--env-kwargs {' '.join(args.env_kwargs)}: write each as NAME=VALUE")
+    args.env_kwargs = {name: literal(value) for name, _, value in pairs}
+    return args
+
+
+def literal(text: str) -> Any:
+    """A number, a bool, None or a list as in Python; anything else is a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def make_window(args: argparse.Namespace) -> tuple[Window, dict[Any, int]]:
+    """
+    :param args: What ``parse_args`` gave.
+    :return: The game as the window shows it, and its keys.
+    """
+    real = make_env(args.env, args.env_kwargs)
+    model = IRIS.load(args.model, env=real, device=args.device)
+    keys = keys_to_action(real)
+    env: gym.Env = real
+    if not args.real:
+        starts = np.stack([real.reset(seed=None if args.seed is None else args.seed + n)[0] for n in range(8)])
+        env = WorldModelEnv(
+            model,
+            start_observations=starts,
+            temperature=args.temperature,
+            max_episode_steps=args.max_episode_steps,
+        )
+    if args.seed is not None:
+        model.policy.seed(args.seed)
+    return Window(env, model, real=args.real, agent=args.agent), keys
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Open the window; returns when it is closed."""
+    try:
+        import pygame  # noqa: F401
+    except ImportError as error:
+        raise SystemExit("Playing needs the package pygame-ce: pip install 'sb3_iris[extra]'") from error
+    args = parse_args(argv)
+    window, keys = make_window(args)
+    from gymnasium.utils.play import play
+
+    if args.agent:
+        print("The policy plays; Escape closes the window.")
+    else:
+        print(f"Keys and their actions: {describe(keys)}; Escape closes the window.")
+    play(window, fps=args.fps, zoom=args.zoom, keys_to_action={} if args.agent else keys, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""
+A causal Transformer and its key-value cache; nothing here knows about reinforcement learning.
+
+Pre-LayerNorm GPT in the manner of GPT-2 and minGPT (https://github.com/karpathy/minGPT).
+"""
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+
+class KVCache:
+    """
+    Keys and values of the positions seen so far, in memory allocated once and written in place.
+
+    :param n_layers: Number of blocks.
+    :param batch_size: Number of sequences that advance together.
+    :param n_heads: Attention heads per block.
+    :param max_length: Most positions that a sequence can have.
+    :param head_size: Size of one head.
+    :param device: Where the cache lives.
+    """
+
+    def __init__(
+        self, n_layers: int, batch_size: int, n_heads: int, max_length: int, head_size: int, device: th.device
+    ) -> None:
+        self.keys = th.empty(n_layers, batch_size, n_heads, max_length, head_size, device=device)
+        self.values = th.empty_like(self.keys)
+        self.max_length = max_length
+        self.length = 0
+
+    def update(self, layer: int, keys: th.Tensor, values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Write the new positions of one block behind those that are there. ``length`` moves once all blocks have written.
+
+        :param layer: Index of the block.
+        :param keys: (B, nh, n, hd) of the n new positions.
+        :param values: (B, nh, n, hd)
+        :return: Keys and values of all positions, the new ones included, each (B, nh, length + n, hd).
+        """
+        end = self.length + keys.shape[2]
+        assert end <= self.max_length, (end, self.max_length)
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def reset(self) -> None:
+        """Forget all positions; the memory is kept."""
+        self.length = 0
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention in which a position sees itself and what came before."""
+
+    def __init__(self, embed_dim: int, n_heads: int, dropout: float, layer: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.layer = layer
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.residual_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hd)
+        past = 0
+        if cache is not None:
+            past = cache.length
+            k, v = cache.update(self.layer, k, v)
+        mask = None
+        if past > 0 and T > 1:  # `is_causal` aligns the first query with the first key, here it belongs to key `past`
+            mask = th.ones(T, past + T, dtype=th.bool, device=x.device).tril(past)
+        if past > 0 and T == 1 and x.device.type == "cpu":  # the fused kernel works by blocks of queries, here is only one
+            y = th.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1) @ v
+        else:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=past == 0 and T > 1)  # (B, nh, T, hd)
+        return self.residual_dropout(self.proj(y.transpose(1, 2).reshape(B, T, D)))
+
+
+class Block(nn.Module):
+    """One Transformer layer: attention and a two-layer perceptron, each behind a LayerNorm and beside a residual path."""
+
+    def __init__(self, embed_dim: int, n_heads: int, dropout: float, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(embed_dim)
+        self.attention = CausalSelfAttention(embed_dim, n_heads, dropout, layer)
+        self.ln_2 = nn.LayerNorm(embed_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim), nn.Dropout(dropout)
+        )
+
+    def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
+        x = x + self.attention(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """
+    Causal Transformer over embedded positions.
+
+    :param embed_dim: Embedding size D; a multiple of ``n_heads``.
+    :param n_layers: Number of blocks.
+    :param n_heads: Attention heads per block.
+    :param max_length: Most positions in a sequence.
+    :param dropout: Dropout probability in [0, 1) on embeddings, attention weights and residual paths.
+    """
+
+    def __init__(self, embed_dim: int, n_layers: int, n_heads: int, max_length: int, dropout: float) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.n_heads = n_heads
+        self.max_length = max_length
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout, layer) for layer in range(n_layers))
+        self.ln_out = nn.LayerNorm(embed_dim)
+
+    def make_cache(self, batch_size: int) -> KVCache:
+        """
+        :param batch_size: Number of sequences that advance together.
+        :return: An empty cache that holds ``max_length`` positions, on the network's device.
+        """
+        head_size = self.embed_dim // self.n_heads
+        return KVCache(len(self.blocks), batch_size, self.n_heads, self.max_length, head_size, self.ln_out.weight.device)
+
+    def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
+        """
+        :param x: (B, T, D) embedded positions; with a cache, those that follow the cached ones.
+        :param cache: Cache of the positions before ``x``; it takes in the new ones.
+        :return: (B, T, D)
+        """
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.ln_out(x)

@@ -1,0 +1,134 @@
+"""Bad input, refused before any training: each error names the argument, its value and the way out."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+
+from sb3_iris.type_aliases import NETWORKS
+
+if TYPE_CHECKING:
+    from sb3_iris.iris import IRIS
+
+
+def check_positive(**sizes: Any) -> None:
+    """
+    :param sizes: Values by argument name.
+    :raises ValueError: For the first that is not a positive whole number.
+    """
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    :param observation_space: Observations of an environment.
+    :param action_space: Its actions.
+    :raises ValueError: If IRIS cannot play it.
+    """
+    if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
+        raise ValueError(f"env has actions {action_space}, but IRIS plays Discrete actions that count from 0 only")
+    if len(observation_space.shape or ()) != 3 or not is_image_space(observation_space):
+        raise ValueError(
+            f"env has observations {observation_space}, but IRIS sees single images only: a Box of uint8 in [0, 255] with "
+            "three axes, channels first or last. Wrap the environment so that it gives such images (for instance with "
+            "Gymnasium's AddRenderObservation; do not normalise them: VecNormalize(..., norm_obs=False))"
+        )
+    assert observation_space.shape is not None
+    if observation_space.shape[0] == min(observation_space.shape[1:]):
+        warnings.warn(
+            f"env has images of shape {observation_space.shape}: Stable-Baselines3 takes the smallest axis for the channels, "
+            "and the first one here. If the channels are last, enlarge the images until a side has more pixels than channels"
+        )
+
+
+def check_network_sizes(
+    height: int, width: int, channel_multipliers: Sequence[int], embed_dim: int, n_heads: int, dropout: float
+) -> None:
+    """
+    :param height: Height of the networks' images, in pixels.
+    :param width: Width of the networks' images, in pixels.
+    :param channel_multipliers: One per level of the tokenizer.
+    :param embed_dim: Embedding size of the world model.
+    :param n_heads: Attention heads of the world model.
+    :param dropout: Dropout probability of the world model.
+    :raises ValueError: For the first that does not go together with the others.
+    """
+    downsampling = 2 ** (len(channel_multipliers) - 1) if channel_multipliers else 0
+    if not channel_multipliers:
+        raise ValueError("channel_multipliers=() is empty: give one multiplier per level, for instance (1, 1, 1)")
+    if height % downsampling or width % downsampling:
+        raise ValueError(
+            f"image_size: a {height}x{width} image cannot be halved {len(channel_multipliers) - 1} times, as "
+            f"channel_multipliers={tuple(channel_multipliers)} asks. Choose an image_size divisible by {downsampling}, "
+            "or fewer channel_multipliers"
+        )
+    if embed_dim % n_heads:
+        raise ValueError(f"n_heads={n_heads} does not divide embed_dim={embed_dim}: make embed_dim a multiple of n_heads")
+    if not (isinstance(dropout, Real) and 0 <= dropout < 1):
+        raise ValueError(f"dropout={dropout!r} must be a number in [0, 1)")
+
+
+def check_hyperparameters(model: "IRIS") -> None:
+    """
+    :param model: A model whose hyperparameters are set.
+    :raises ValueError: For the first hyperparameter that cannot work.
+    """
+    check_positive(
+        **{name: getattr(model, name) for name in ("buffer_size", "train_freq")},
+        **{f"{network}_batch_size": getattr(model, f"{network}_batch_size") for network in NETWORKS},
+    )
+    for name, least in {
+        **{f"{network}_{what}": 0 for network in NETWORKS for what in ("gradient_steps", "learning_starts")},
+        **{"burn_in": 0, "final_training_epochs": 0, "sequence_length": 2, "imagination_horizon": 2},
+    }.items():
+        value = getattr(model, name)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+    starts, stops = model.tokenizer_learning_starts, model.tokenizer_learning_stops
+    if stops is not None and not (isinstance(stops, int | np.integer) and stops > starts):
+        raise ValueError(
+            f"tokenizer_learning_stops={stops!r} must be a whole number above tokenizer_learning_starts={starts}, or None"
+        )
+    for name in ("gamma", "gae_lambda", "exploration_rate"):
+        value = getattr(model, name)
+        if not (isinstance(value, Real) and 0 <= float(value) <= 1):
+            raise ValueError(f"{name}={value!r} must be a number in [0, 1]")
+    for name in ("ent_coef", "temperature", "eval_temperature", "world_model_weight_decay"):
+        value = getattr(model, name)
+        if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+            raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
+    if not (isinstance(model.max_grad_norm, Real) and model.max_grad_norm > 0):
+        raise ValueError(f"max_grad_norm={model.max_grad_norm!r} must be above 0; float('inf') does not clip")
+    rate = model.learning_rate
+    if not callable(rate) and not (isinstance(rate, Real) and 0 <= rate < math.inf):
+        raise ValueError(f"learning_rate={model.learning_rate!r} must be a finite number of at least 0, or a schedule")
+    longest = max(model.sequence_length, model.burn_in + 1)
+    if model.buffer_size // model.n_envs < longest:
+        raise ValueError(
+            f"buffer_size={model.buffer_size} leaves {model.buffer_size // model.n_envs} steps to each of {model.n_envs} "
+            f"environments, too few for one segment of {longest}: make it at least {longest * model.n_envs}"
+        )
+
+
+def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> None:
+    """
+    :param policy_class: Class of the policy.
+    :param policy_kwargs: Arguments for it from the user.
+    :raises ValueError: For the first that the policy does not have, or that is not the user's to give there.
+    """
+    parameters = inspect.signature(policy_class).parameters
+    # These come from the constructor's own arguments
+    own = ("observation_space", "action_space", "lr_schedule", "sequence_length", "weight_decay", "eval_temperature")
+    known = [name for name in parameters if name not in own]
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, value in policy_kwargs.items():
+        if name in own or not (name in parameters or takes_any):
+            raise ValueError(f"policy_kwargs has {name}={value!r}, but its names must be among {', '.join(known)}")

@@ -1,0 +1,498 @@
+"""Looking into a model: reconstructions, imagined videos, used tokens, and how far the imagined game can be trusted."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import TensorBoardOutputFormat
+from stable_baselines3.common.type_aliases import GymEnv
+from torch.utils.tensorboard.summary import Summary  # type: ignore[attr-defined]
+
+from sb3_iris.imagination import ImaginedGame
+from sb3_iris.type_aliases import SequenceSamples
+from sb3_iris.validation import check_positive
+from sb3_iris.world_model_env import reconstruct, to_rgb
+
+if TYPE_CHECKING:
+    from sb3_iris.iris import IRIS
+
+SHORTEST_SIDE = 128  # pixels of a frame in a picture, at least
+
+
+def reconstruction_grid(model: "IRIS", observations: np.ndarray) -> np.ndarray:
+    """
+    Frames above their reconstructions above the absolute error, one column per frame.
+
+    :param model: The model.
+    :param observations: (N, ...) uint8 images of the environment's or the model's size, channels first or last
+    :return: (height, width, 3) uint8
+    """
+    reconstructions = reconstruct(model, observations)  # checks the shape
+    images = model.policy._to_images(observations)[0]
+    errors = np.abs(images.astype(np.int16) - reconstructions).astype(np.uint8)
+    rows = [np.concatenate([_enlarge(to_rgb(image)) for image in row], axis=1) for row in (images, reconstructions, errors)]
+    return np.concatenate(rows)
+
+
+@th.no_grad()
+def token_counts(model: "IRIS", observations: np.ndarray) -> np.ndarray:
+    """
+    How often each token occurs in frames.
+
+    :param model: The model.
+    :param observations: (N, C, H, W) uint8 of the model's size
+    :return: (V,) int64
+    """
+    tokenizer = model.policy.tokenizer
+    tokens = tokenizer.encode(model.policy.to_frames(observations)).flatten().cpu().numpy()
+    return np.bincount(tokens, minlength=tokenizer.codebook_size)
+
+
+def token_histogram(counts: np.ndarray, height: int = SHORTEST_SIDE, bar: int = 4) -> np.ndarray:
+    """
+    Bars of token counts, the most used one first, as high as the square root of their share of the highest.
+
+    :param counts: (V,) counts
+    :param height: Height in pixels.
+    :param bar: Width of a bar in pixels.
+    :return: (height, V * bar, 3) uint8
+    """
+    heights = np.ceil(height * np.sqrt(np.sort(counts)[::-1] / max(counts.max(), 1)))
+    filled = np.arange(height)[::-1, None] < heights.repeat(bar)[None]
+    return np.where(filled[..., None], np.uint8(80), np.uint8(255)).repeat(3, axis=-1)
+
+
+class Comparison(NamedTuple):
+    """A real segment and what the world model imagines under the same actions; T steps, so T + 1 frames."""
+
+    real: np.ndarray  # (T + 1, C, H, W) uint8
+    imagined: np.ndarray  # (T + 1, C, H, W) uint8; the first one is the reconstruction that the game starts from
+    actions: np.ndarray  # (T,) int64
+    real_rewards: np.ndarray  # (T,) float32
+    imagined_rewards: np.ndarray  # (T,) float32 in {-1, 0, 1}
+    imagined_ends: np.ndarray  # (T,) bool
+    values: np.ndarray  # (T + 1,) float32, what the critic expects of each imagined frame
+
+
+@th.no_grad()
+def compare(
+    model: "IRIS",
+    observations: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    temperature: float = 1.0,
+    generator: th.Generator | None = None,
+) -> Comparison:
+    """
+    Imagine how a real segment goes on from its first frame under its actions.
+
+    :param model: The model.
+    :param observations: (T + 1, C, H, W) uint8 of the model's size
+    :param actions: (T,) int64, ``actions[t]`` taken on ``observations[t]``
+    :param rewards: (T,) float, received for them
+    :param temperature: Temperature of the world model's sampling.
+    :param generator: Random stream of it, on the model's device; torch's global one if None.
+    :return: Both continuations.
+    """
+    policy = model.policy
+    game = _sliding_game(model, temperature, generator)
+    tokens = policy.tokenizer.encode(policy.to_frames(observations[:1]))
+    frames: th.Tensor | None = game.reset(tokens)
+    state = policy.actor_critic.initial_state(1)
+    steps, imagined, values = [], [], []
+    for t in range(len(actions) + 1):
+        assert frames is not None
+        output = policy.actor_critic(frames, state)
+        state = output.state
+        imagined.append(frames[0])
+        values.append(output.values[0])
+        if t < len(actions):
+            action = th.as_tensor(actions[t : t + 1], device=policy.device)
+            step_rewards, step_ends, frames = game.step(action)
+            steps.append((step_rewards[0], step_ends[0]))
+    imagined_rewards, imagined_ends = (th.stack(column).cpu().numpy() for column in zip(*steps, strict=True))
+    pictures = (255 * th.stack(imagined)).round().to(th.uint8).cpu().numpy()
+    return Comparison(
+        np.asarray(observations),
+        pictures,
+        np.asarray(actions),
+        np.asarray(rewards, dtype=np.float32),
+        imagined_rewards,
+        imagined_ends,
+        th.stack(values).cpu().numpy(),
+    )
+
+
+def comparison_video(comparison: Comparison) -> np.ndarray:
+    """
+    The real segment on the left, the imagined one on the right. Below: the last action, the rewards, the critic's value of the
+    imagined frame, and END from the step on after which the world model says that the episode is over.
+
+    :param comparison: What to show.
+    :return: (T + 1, height, width, 3) uint8
+    """
+    video = []
+    ended = False
+    for t in range(len(comparison.real)):
+        real, imagined = (_enlarge(to_rgb(images[t])) for images in (comparison.real, comparison.imagined))
+        left, right = ["real"], ["imagined"]
+        if t > 0:
+            ended = ended or bool(comparison.imagined_ends[t - 1])
+            left += [f"action {comparison.actions[t - 1]}", f"reward {comparison.real_rewards[t - 1]:+.3g}"]
+            right += [f"reward {comparison.imagined_rewards[t - 1]:+.0f}"]
+        else:
+            right += [""]
+        right += [f"value {comparison.values[t]:+.2f}" + ("  END" if ended else "")]
+        video.append(np.concatenate([with_text(real, left), with_text(imagined, right)], axis=1))
+    return np.stack(video)
+
+
+def with_text(image: np.ndarray, lines: list[str], n_lines: int = 3) -> np.ndarray:
+    """
+    Write below a picture.
+
+    :param image: (H, W, 3) uint8
+    :param lines: At most ``n_lines`` lines.
+    :param n_lines: For how many lines to make room.
+    :return: (H + 16 * n_lines, W, 3) uint8
+    """
+    canvas = np.zeros((16 * n_lines, image.shape[1], 3), dtype=np.uint8)
+    for n, line in enumerate(lines):
+        cv2.putText(canvas, line, (4, 16 * n + 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+    return np.concatenate([image, canvas])
+
+
+def write_video(path: str | Path | io.BytesIO, frames: np.ndarray, fps: int = 5) -> None:
+    """
+    Write a video with ``imageio``.
+
+    :param path: File to write; its suffix says the format. ``.gif`` needs nothing else, ``.mp4`` the package
+        ``imageio-ffmpeg``. A file object gets a GIF.
+    :param frames: (T, H, W, 3) uint8
+    :param fps: Frames per second.
+    :raises ImportError: If ``imageio`` is not installed.
+    """
+    try:
+        import imageio.v3
+    except ImportError as error:
+        raise ImportError("Videos need the package imageio: pip install 'sb3_iris[extra]'") from error
+    if isinstance(path, io.BytesIO) or Path(path).suffix == ".gif":
+        imageio.v3.imwrite(path, frames, extension=".gif", duration=1000 / fps, loop=0)
+    else:
+        imageio.v3.imwrite(path, frames, fps=fps, macro_block_size=2)
+
+
+class WorldModelCallback(BaseCallback):
+    """
+    Every so often looks into the world model, at what is in the replay buffer. Writes to TensorBoard, if the model does:
+    ``world_model/reconstruction``, a grid of frames, reconstructions and errors; ``world_model/imagined``, a video of real
+    segments beside imagined ones; ``world_model/tokens``, a histogram of the tokens. The run goes as it would without it.
+
+    :param freq: Env steps between two looks; each is taken at the end of a collection.
+    :param folder: Folder to write the same pictures to, as ``step_<n>_reconstruction.png`` and so on; None for none.
+    :param n_frames: Frames in the grid.
+    :param horizon: Imagined steps in the video.
+    :param n_segments: Segments in the video, one above the other.
+    :param seed: Seed of the callback's own random streams.
+    """
+
+    def __init__(
+        self,
+        freq: int = 10_000,
+        folder: str | Path | None = None,
+        n_frames: int = 8,
+        horizon: int = 20,
+        n_segments: int = 2,
+        seed: int = 0,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        check_positive(freq=freq, n_frames=n_frames, horizon=horizon, n_segments=n_segments)
+        self.freq = freq
+        self.folder = None if folder is None else Path(folder)
+        self.n_frames = n_frames
+        self.horizon = horizon
+        self.n_segments = n_segments
+        self.seed = seed
+        self.n_looks = 0
+        self._last_look = 0
+
+    def _on_training_start(self) -> None:
+        self._rng = np.random.default_rng(self.seed)
+        self._generator = th.Generator(self.model.device).manual_seed(self.seed)
+        self._last_look = self.num_timesteps
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.num_timesteps - self._last_look >= self.freq:
+            self._last_look = self.num_timesteps
+            self.look()
+
+    def look(self) -> None:
+        """Write all pictures now."""
+        model: Any = self.model
+        frames = model.replay_buffer.sample(max(self.n_frames, 64), 1, self._rng).observations[:, 0].cpu().numpy()
+        grid = reconstruction_grid(model, frames[: self.n_frames])
+        video = self._video(model.replay_buffer.sample(16 * self.n_segments, self.horizon + 1, self._rng))
+        counts = token_counts(model, frames)
+        self.n_looks += 1
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = str(self.folder / f"step_{self.num_timesteps}")
+            cv2.imwrite(f"{name}_reconstruction.png", grid[:, :, ::-1])
+            cv2.imwrite(f"{name}_tokens.png", token_histogram(counts)[:, :, ::-1])
+            write_video(f"{name}_imagined.gif", video)
+        for output in self.logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat):
+                step = self.num_timesteps
+                tokens = np.arange(len(counts)).repeat(counts)
+                output.writer.add_histogram("world_model/tokens", tokens, step, bins=np.arange(len(counts) + 1) - 0.5)
+                gif = io.BytesIO()
+                write_video(gif, video)
+                # SummaryWriter.add_video would need moviepy, and makes a GIF of it as well
+                picture = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3)
+                picture.encoded_image_string = gif.getvalue()
+                summary = Summary(value=[Summary.Value(tag="world_model/imagined", image=picture)])
+                assert output.writer.file_writer is not None
+                output.writer.file_writer.add_summary(summary, step)
+                output.writer.add_image("world_model/reconstruction", grid, step, dataformats="HWC")
+
+    def _video(self, samples: SequenceSamples) -> np.ndarray:
+        """The longest of some segments, one above the other; those that end early wait with their last frame."""
+        model: Any = self.model
+        lengths = samples.mask.sum(1).cpu().numpy()
+        videos = []
+        for n in np.argsort(-lengths, kind="stable")[: self.n_segments]:
+            length = max(int(lengths[n]), 2)  # a segment of one step is shown with the black frame behind it
+            segment = [part[n, :length].cpu().numpy() for part in samples[:3]]
+            comparison = compare(model, segment[0], segment[1][:-1], segment[2][:-1], generator=self._generator)
+            videos.append(comparison_video(comparison))
+        longest = max(map(len, videos))
+        padded = [np.concatenate([video, video[-1:].repeat(longest - len(video), axis=0)]) for video in videos]
+        return np.concatenate(padded, axis=1)
+
+
+class WorldModelReport(NamedTuple):
+    """
+    How good the imagined game is, by horizon h = 1, 2, ...; all arrays (horizon,), NaN where there was nothing to measure.
+    Errors are mean absolute errors of pixels in [0, 1].
+    """
+
+    n_segments: np.ndarray  # real segments of that length
+    frame_error: np.ndarray  # of the imagined frame
+    repeat_error: np.ndarray  # baseline: the first frame repeated
+    reconstruction_error: np.ndarray  # floor: the tokenizer's reconstruction of the real frame
+    token_accuracy: np.ndarray  # share of the frame's tokens that are those of the real frame
+    reward_precision: np.ndarray  # of the imagined rewards that are not 0, the share with the real one's sign
+    reward_recall: np.ndarray  # of the real rewards that are not 0, the share whose sign was imagined
+    end_precision: np.ndarray  # of the imagined ends, the share that are real
+    end_recall: np.ndarray  # of the real ends, the share that were imagined
+
+    def table(self) -> str:
+        """
+        :return: The report as a table in Markdown.
+        """
+        header = "| horizon | segments | frame error | last frame repeated | reconstruction | token accuracy "
+        header += "| reward precision | reward recall | end precision | end recall |"
+        lines = [header, "|---" * 10 + "|"]
+        for h, row in enumerate(zip(*self, strict=True), start=1):
+            cells = [f"{int(row[0])}", *("-" if np.isnan(value) else f"{value:.4f}" for value in row[1:])]
+            lines.append(f"| {h} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """
+        Plot the report.
+
+        :param path: Picture to write.
+        :raises ImportError: If ``matplotlib`` is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Plots need the package matplotlib: pip install 'sb3_iris[extra]'") from error
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        horizons = np.arange(1, len(self.n_segments) + 1)
+        for axes, title, names in (
+            (left, "mean absolute error of pixels", ("frame_error", "repeat_error", "reconstruction_error")),
+            (middle, "token accuracy", ("token_accuracy",)),
+            (right, "precision and recall", ("reward_precision", "reward_recall", "end_precision", "end_recall")),
+        ):
+            for name in names:
+                axes.plot(horizons, getattr(self, name), marker=".", label=name.replace("_", " "))
+            axes.set(xlabel="horizon in steps", title=title, ylim=(0, None) if axes is left else (0, 1.02))
+            axes.legend()
+        figure.savefig(path)
+
+
+def world_model_report(
+    model: "IRIS",
+    env: GymEnv,
+    n_steps: int = 1_000,
+    horizon: int = 20,
+    temperature: float = 1.0,
+    kept_frames: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> WorldModelReport:
+    """
+    Play new episodes in the real game, then from each of their frames imagine how they go on under the same actions
+    (open loop: after the first frame nothing real but the actions is seen) and compare.
+
+    :param model: The model; its policy plays the real game, with one action in ten at random.
+    :param env: The real game; a vectorized one is played in parallel.
+    :param n_steps: Real steps to play, over all environments; each is the start of a segment.
+    :param horizon: Most steps to imagine.
+    :param temperature: Temperature of the world model's sampling.
+    :param kept_frames: See ``WorldModelVecEnv``.
+    :param batch_size: Segments to imagine at a time.
+    :param seed: Seed of the environment and of all sampling.
+    :return: The report.
+    """
+    check_positive(n_steps=n_steps, horizon=horizon, batch_size=batch_size)
+    rng = np.random.default_rng(seed)
+    generator = th.Generator(model.policy.device).manual_seed(seed)
+    episodes = _play(model, env, n_steps, rng, seed)
+    starts = [(episode, t) for episode in episodes for t in range(len(episode.actions))]
+    sums = np.zeros((horizon, len(_SUMS)))
+    for first in range(0, len(starts), batch_size):
+        sums += _measure(model, starts[first : first + batch_size], horizon, temperature, kept_frames, generator)
+    total = dict(zip(_SUMS, sums.T, strict=True))
+
+    def ratio(part: str, whole: str) -> np.ndarray:
+        return np.divide(total[part], total[whole], out=np.full(horizon, np.nan), where=total[whole] > 0)
+
+    return WorldModelReport(
+        total["steps"].astype(np.int64),
+        ratio("frame_error", "frames"),
+        ratio("repeat_error", "frames"),
+        ratio("reconstruction_error", "frames"),
+        ratio("token_accuracy", "frames"),
+        ratio("right_rewards", "imagined_rewards"),
+        ratio("right_rewards", "real_rewards"),
+        ratio("right_ends", "imagined_ends"),
+        ratio("right_ends", "real_ends"),
+    )
+
+
+# What `_measure` adds up over segments, by horizon
+_SUMS = (
+    *("steps", "frames", "frame_error", "repeat_error", "reconstruction_error", "token_accuracy"),
+    *("right_rewards", "imagined_rewards", "real_rewards", "right_ends", "imagined_ends", "real_ends"),
+)
+
+
+class _Episode(NamedTuple):
+    """One real episode; the frame after its last action is not known."""
+
+    images: np.ndarray  # (T, C, H, W) uint8 of the model's size
+    actions: np.ndarray  # (T,)
+    rewards: np.ndarray  # (T,)
+    ends: np.ndarray  # (T,) bool, terminations
+
+
+def _play(model: "IRIS", env: GymEnv, n_steps: int, rng: np.random.Generator, seed: int) -> list[_Episode]:
+    """Real episodes; those still running after ``n_steps`` are cut there."""
+    vec_env = type(model)._wrap_env(maybe_make_env(env, 0), monitor_wrapper=False)
+    if vec_env.action_space != model.action_space:
+        raise ValueError(f"env has actions {vec_env.action_space}, but the model plays {model.action_space}")
+    shape, ours = vec_env.observation_space.shape, (model.observation_space.shape, model.policy.image_space.shape)
+    if shape not in ours:
+        raise ValueError(f"env has observations of shape {shape}, but the model was made for {ours[0]}")
+    policy_stream = model.policy._generator.get_state()  # a report in the middle of a run does not change the run
+    model.policy.seed(seed)
+    vec_env.seed(seed)
+    observations, state = np.asarray(vec_env.reset()), None
+    starts = np.ones(vec_env.num_envs, dtype=bool)
+    running: list[list[tuple]] = [[] for _ in starts]
+    episodes: list[_Episode] = []
+    for _ in range(0, n_steps, vec_env.num_envs):
+        actions, state = model.predict(observations, state, starts, deterministic=False)
+        explore = rng.random(len(actions)) < 0.1
+        actions = np.where(explore, rng.integers(model.action_space.n, size=len(actions)), actions)
+        images = np.array(model.policy.resize(observations))
+        observations, rewards, starts, infos = vec_env.step(actions)  # type: ignore[assignment]
+        for n, steps in enumerate(running):
+            end = starts[n] and not infos[n].get("TimeLimit.truncated", False)
+            steps.append((images[n], actions[n], rewards[n], end))
+            if starts[n]:
+                episodes.append(_Episode(*map(np.stack, zip(*steps, strict=True))))
+                steps.clear()
+    episodes += [_Episode(*map(np.stack, zip(*steps, strict=True))) for steps in running if steps]
+    model.policy._generator.set_state(policy_stream)
+    return episodes
+
+
+@th.no_grad()
+def _measure(
+    model: "IRIS",
+    starts: list[tuple[_Episode, int]],
+    horizon: int,
+    temperature: float,
+    kept_frames: int | None,
+    generator: th.Generator,
+) -> np.ndarray:
+    """Imagine from some frames of episodes; the sums named in ``_SUMS`` by horizon."""
+    policy = model.policy
+    game = _sliding_game(model, temperature, generator, kept_frames)
+
+    def real(column: int, t: int) -> np.ndarray:
+        """Step t of each segment, the episode's last one where it is over by then."""
+        return np.stack([episode[column][min(first + t, len(episode.actions) - 1)] for episode, first in starts])
+
+    left = np.array([len(episode.actions) - first for episode, first in starts])  # steps of each segment
+    first_frames = policy.to_frames(real(0, 0))
+    game.reset(policy.tokenizer.encode(first_frames))
+    sums = []
+    for t in range(horizon):
+        played = left > t
+        rewards, ends, frames = game.step(th.as_tensor(real(1, t), device=policy.device))
+        assert frames is not None
+        real_frames = policy.to_frames(real(0, t + 1))
+        real_tokens = policy.tokenizer.encode(real_frames)
+        has_frame = th.as_tensor(left > t + 1, device=policy.device)
+
+        def error(frames: th.Tensor, real_frames: th.Tensor = real_frames, has_frame: th.Tensor = has_frame) -> float:
+            return ((frames - real_frames).abs().flatten(1).mean(1) * has_frame).sum().item()
+
+        signs, real_signs = rewards.cpu().numpy(), np.sign(real(2, t))
+        stops, real_stops = ends.cpu().numpy() & played, real(3, t) & played
+        sums.append(
+            (
+                played.sum(),
+                has_frame.sum().item(),
+                error(frames),
+                error(first_frames),
+                error(policy.tokenizer.decode(real_tokens)),
+                ((game.tokens == real_tokens).float().mean(1) * has_frame).sum().item(),
+                (played & (signs == real_signs) & (real_signs != 0)).sum(),
+                (played & (signs != 0)).sum(),
+                (played & (real_signs != 0)).sum(),
+                (stops & real_stops).sum(),
+                stops.sum(),
+                real_stops.sum(),
+            )
+        )
+    return np.array(sums, dtype=np.float64)
+
+
+def _sliding_game(
+    model: "IRIS", temperature: float, generator: th.Generator | None, kept_frames: int | None = None
+) -> ImaginedGame:
+    game = ImaginedGame(model.policy.tokenizer, model.policy.world_model, temperature, generator)
+    game.kept_frames = game.max_frames if kept_frames is None else kept_frames
+    return game
+
+
+def _enlarge(image: np.ndarray) -> np.ndarray:
+    """Repeat pixels until the shorter side has SHORTEST_SIDE."""
+    factor = -(-SHORTEST_SIDE // min(image.shape[:2]))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,0 +1,151 @@
+"""
+The world model: a Transformer that reads a game as a sequence of frame tokens and actions.
+
+One step takes K + 1 positions, the K tokens of its frame and its action::
+
+    position     0    1   ...  K-1   K  |  K+1  K+2 ...
+    reads       z_0  z_1  ... z_K-1  a  |  z'_0 z'_1 ...
+    predicts    z_1  z_2  ...   -   z'_0|  z'_1 z'_2 ...
+                                    r, end
+
+The frame's last token predicts nothing: what follows it is the agent's choice (Sec. 2.2 of the paper).
+"""
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_iris.transformer import KVCache, Transformer
+from sb3_iris.type_aliases import Logs, WorldModelOutput
+
+PADDED = -100  # label that cross_entropy ignores
+
+
+class WorldModel(nn.Module):
+    """
+    Predicts the next frame's tokens, the reward's sign and the end of an episode (Sec. 2.2 of
+    "Transformers are Sample-Efficient World Models", https://arxiv.org/abs/2209.00588).
+
+    :param codebook_size: Number of frame tokens V.
+    :param n_actions: Number of actions A.
+    :param tokens_per_frame: Tokens of one frame, K.
+    :param sequence_length: Steps in the context.
+    :param embed_dim: Embedding size D; a multiple of ``n_heads``.
+    :param n_layers: Number of Transformer blocks.
+    :param n_heads: Attention heads per block.
+    :param dropout: Dropout probability in [0, 1).
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        n_actions: int,
+        tokens_per_frame: int,
+        sequence_length: int = 20,
+        embed_dim: int = 256,
+        n_layers: int = 10,
+        n_heads: int = 4,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.tokens_per_frame = tokens_per_frame
+        self.max_length = sequence_length * (tokens_per_frame + 1)
+        self.token_embedding = nn.Embedding(codebook_size, embed_dim)
+        self.action_embedding = nn.Embedding(n_actions, embed_dim)
+        self.position_embedding = nn.Embedding(self.max_length, embed_dim)
+        self.transformer = Transformer(embed_dim, n_layers, n_heads, self.max_length, dropout)
+        self.token_head = self._make_head(embed_dim, codebook_size)
+        self.reward_head = self._make_head(embed_dim, 3)
+        self.end_head = self._make_head(embed_dim, 2)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _make_head(embed_dim: int, output_dim: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, output_dim))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: th.Tensor, actions: th.Tensor) -> WorldModelOutput:
+        """
+        Whole segments in one pass.
+
+        :param tokens: (B, T, K) int64 in [0, V)
+        :param actions: (B, T) int64 in [0, A)
+        :return: Predictions for every step.
+        """
+        B, T, K = tokens.shape
+        assert K == self.tokens_per_frame and actions.shape == (B, T), (tokens.shape, actions.shape)
+        x = th.cat([self.token_embedding(tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)  # (B, T, K + 1, D)
+        x = x.flatten(1, 2) + self.position_embedding.weight[: T * (K + 1)]
+        x = self.transformer(x).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
+        before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)  # (B, T * K, D)
+        at_action = x[:, :, K]  # (B, T, D)
+        return WorldModelOutput(self.token_head(before_token), self.reward_head(at_action), self.end_head(at_action))
+
+    def step_action(self, tokens: th.Tensor, actions: th.Tensor, cache: KVCache) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Read the frame tokens that the cache has not seen yet and the action that follows them, in one pass.
+
+        :param tokens: (B, n) int64, the last n tokens of the current frame
+        :param actions: (B,) int64
+        :param cache: Everything before ``tokens``; takes in both.
+        :return: Logits of the reward class (B, 3), of the end (B, 2) and of the next frame's first token (B, V).
+        """
+        x = th.cat([self.token_embedding(tokens), self.action_embedding(actions).unsqueeze(1)], dim=1)
+        x = self._append(x, cache)
+        return self.reward_head(x), self.end_head(x), self.token_head(x)
+
+    def step_token(self, tokens: th.Tensor, cache: KVCache) -> th.Tensor:
+        """
+        Read one frame token.
+
+        :param tokens: (B,) int64
+        :param cache: Everything before ``tokens``; takes them in.
+        :return: Logits of the token that follows, (B, V).
+        """
+        return self.token_head(self._append(self.token_embedding(tokens).unsqueeze(1), cache))
+
+    def _append(self, x: th.Tensor, cache: KVCache) -> th.Tensor:
+        """Pass n embedded positions, (B, n, D), that follow the cached ones; the last one's features, (B, D)."""
+        start = cache.length
+        x = x + self.position_embedding.weight[start : start + x.shape[1]]
+        return self.transformer(x, cache)[:, -1]
+
+    def loss(
+        self, tokens: th.Tensor, actions: th.Tensor, rewards: th.Tensor, terminations: th.Tensor, mask: th.Tensor
+    ) -> tuple[th.Tensor, Logs]:
+        """
+        Sum of the three cross-entropies (Sec. 2.2), padding ignored in all of them.
+
+        :param tokens: (B, T, K) int64
+        :param actions: (B, T) int64
+        :param rewards: (B, T) float32; only the sign is learned
+        :param terminations: (B, T) bool
+        :param mask: (B, T) bool, False where a segment is padded
+        :return: The loss and what to log of it.
+        """
+        output = self(tokens, actions)
+        # The first token of a segment is predicted by nothing, the last action predicts no frame inside the segment
+        token_labels = tokens.masked_fill(~mask.unsqueeze(-1), PADDED).flatten(1)[:, 1:]  # (B, T * K - 1)
+        reward_labels = (rewards.sign().long() + 1).masked_fill(~mask, PADDED)  # (B, T)
+        end_labels = terminations.long().masked_fill(~mask, PADDED)  # (B, T)
+
+        losses = {}
+        accuracies = {}
+        for name, logits, labels in (
+            ("token", output.token_logits[:, :-1], token_labels),
+            ("reward", output.reward_logits, reward_labels),
+            ("end", output.end_logits, end_labels),
+        ):
+            known = labels != PADDED
+            n_known = known.sum().clamp(min=1)  # none if all frames are of one token and all segments of one step
+            entropies = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PADDED, reduction="sum")
+            losses[f"{name}_loss"] = entropies / n_known
+            accuracies[f"{name}_accuracy"] = ((logits.argmax(-1) == labels) & known).sum() / n_known
+        loss = th.stack(list(losses.values())).sum()
+        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}, **accuracies}

@@ -1,0 +1,104 @@
+"""The comparison: the same environments and steps for all algorithms, and a report of what there is."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks import compare, runs
+
+NETWORKS = ("tokenizer", "world_model", "actor_critic")
+
+
+def spec(algo: str, **config: Any) -> dict[str, Any]:
+    settings = {**compare.settings(algo, "MinAtar/Breakout"), **config}
+    if algo == "iris":
+        settings |= {f"{name}_gradient_steps": 1 for name in NETWORKS} | {f"{name}_batch_size": 2 for name in NETWORKS}
+        settings |= {"final_training_epochs": 1}
+    return {"benchmark": "compare", "agent": algo, "env": "MinAtar/Breakout", "seed": 0, "steps": 240, "eval_games": 2} | {
+        "config": settings
+    }
+
+
+@pytest.mark.parametrize("algo", list(compare.ALGOS))
+def test_every_algorithm(tmp_path: Path, algo: str) -> None:
+    """Each gets exactly the steps asked for, and is evaluated on as many games."""
+    config = {"learning_starts": 100} if "dqn" in algo else {}
+    runs.create({tmp_path: spec(algo, **config)})
+    runs.work(tmp_path, "benchmarks.compare:play", {"device": "cpu"})
+    data = runs.read(tmp_path)
+    assert data["status"] == "done" and data["steps"] == 240
+    assert len(data["evaluation_games"]) == 2 and len(data["training_games"]) > 3
+    assert compare.ALGOS[algo].load(tmp_path / "model.zip").num_timesteps == 240
+    if algo != "iris":
+        assert compare.ALGOS[algo].load(tmp_path / "model.zip")._n_updates > 0 or algo in ("ppo", "recurrent_ppo")
+
+
+def test_same_environment() -> None:
+    """Beside stacking frames and taking signs of rewards, all algorithms see the same."""
+    plain = compare.make_env("Asterix", 1, seed=3, evaluation=False)
+    other = compare.make_env("Asterix", 1, seed=3, evaluation=False, frame_stack=4, sign_rewards=True)
+    first: Any = plain.reset()
+    second: Any = other.reset()
+    assert first.shape == (1, 3, 64, 64) and second.shape == (1, 12, 64, 64)
+    rewards = []
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        action = rng.integers(plain.action_space.n, size=1)  # type: ignore[attr-defined]
+        first, reward, done, _ = plain.step(action)
+        second, sign, same_done, _ = other.step(action)
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(second)[:, -3:])
+        assert sign == np.sign(reward) and done == same_done
+        rewards.append(float(reward[0]))
+    assert max(rewards) > 1
+    scored = compare.make_env("Asterix", 1, seed=3, evaluation=True, frame_stack=4, sign_rewards=True)
+    assert not any(isinstance(env, compare.SignRewards) for env in (scored, scored.venv))  # type: ignore[attr-defined]
+
+
+def test_settings() -> None:
+    """Every baseline has settings for both kinds of environment, and IRIS has those of its file."""
+    sections = yaml.safe_load((compare.HERE / "hyperparams" / "iris.yml").read_text())
+    assert compare.settings("iris", "Pong") == sections["atari"]
+    assert compare.settings("iris", "Freeway")["temperature"] == 0.01
+    for env in ("MinAtar/Breakout", "Pong"):
+        for algo in compare.ALGOS:
+            assert compare.settings(algo, env)["n_envs"] >= 1
+
+
+def finished(folder: Path, algo: str, seed: int, score: float | None) -> None:
+    path = folder / algo / f"seed_{seed}"
+    runs.create({path: spec(algo) | {"seed": seed}})
+    data = runs.read(path)
+    if score is not None:
+        games = [{"step": 10 * i, "score": score, "frames": 9} for i in range(1, 25)]
+        data |= {"status": "done", "score": score, "seconds": {"training": 7200.0}, "training_games": games}
+        data["sessions"] = [{"hardware": {"gpu": None, "cpu": "x", "cpus": 2}}]
+    runs.write_json(path / "run.json", data)
+
+
+def test_report(tmp_path: Path) -> None:
+    pytest.importorskip("rliable")
+    for seed, score in enumerate((1.0, 2.0, 3.0, 10.0)):
+        finished(tmp_path, "iris", seed, score)
+    finished(tmp_path, "ppo", 0, 5.0)
+    finished(tmp_path, "ppo", 1, None)
+    finished(tmp_path, "dqn", 0, None)
+    markdown = compare.report(tmp_path, reps=50)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in markdown.splitlines() if line.startswith("| ")}
+    iris = lines["iris"].split(" | ")
+    assert iris[1] == "4 of 4" and iris[2].startswith("4.00 [") and iris[3].startswith("2.50 [") and iris[4] == "2.00"
+    assert lines["ppo"].split(" | ")[1:3] == ["1 of 2", "5.00 [5.00, 5.00]"]
+    assert lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - |"
+    assert "qrdqn" not in lines
+    assert (tmp_path / "compare.png").is_file() and (tmp_path / "compare.pdf").is_file()
+
+
+@pytest.mark.parametrize(("env", "message"), [("MinAtar/Pong", "MinAtar/ and one of"), ("Pongg", "not an Atari game")])
+def test_unknown_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str, message: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out"), "--env", env])
+    with pytest.raises(ValueError, match=message):
+        compare.main()
+    assert not (tmp_path / "out").exists()

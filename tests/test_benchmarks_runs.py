@@ -1,0 +1,309 @@
+"""Runs of the benchmarks: interrupted anywhere they go on, nothing finished is redone, nothing overwritten by mistake."""
+
+import contextlib
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import atari100k, runs
+from sb3_iris import IRIS, atari_wrappers
+
+SCRIPT = str(Path(runs.__file__).with_name("atari100k.py"))
+SMALL = ["--preset", "smoke", "--games", "Kangaroo", "--seeds", "0"]
+
+
+def main(*arguments: str) -> Any:
+    """The command, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [SCRIPT, *arguments])
+        return atari100k.main()
+
+
+def one_run(folder: Path, steps: int = 60, eval_games: int = 1) -> Path:
+    """A folder ready to be worked on."""
+    spec = {"benchmark": "atari100k", "agent": "IRIS", "game": "Kangaroo", "seed": 0, "preset": "smoke", "steps": steps}
+    spec |= {"eval_games": eval_games, "config": atari100k.settings("smoke", "Kangaroo")}
+    runs.create({folder: spec})
+    return folder
+
+
+def work(folder: Path, checkpoint_every: int = 20) -> dict[str, Any]:
+    """Work on a run, and read what came out."""
+    runs.work(folder, "benchmarks.atari100k:play", {"device": "cpu", "checkpoint_every": checkpoint_every})
+    return runs.read(folder)
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """The command, in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    return subprocess.Popen([sys.executable, SCRIPT, *arguments], stdout=subprocess.DEVNULL, env=env)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this takes too long"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
+    return False
+
+
+@pytest.fixture(autouse=True)
+def short_games(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, games of the evaluation are cut after a hundred steps."""
+    monkeypatch.setattr(atari_wrappers, "MAX_EVAL_FRAMES", 400)
+
+
+class Interrupted(Exception):
+    """What a test interrupts a run with."""
+
+
+def test_run_is_recorded(tmp_path: Path) -> None:
+    data = work(one_run(tmp_path / "run", eval_games=2))
+    assert data["status"] == "done" and data["steps"] == 60
+    assert len(data["evaluation_games"]) == 2
+    assert data["score"] == sum(game["score"] for game in data["evaluation_games"]) / 2
+    (session,) = data["sessions"]
+    assert session["versions"]["torch"] and session["hardware"]["cpus"] and "commit" in session
+    assert data["seconds"]["training"] > 0 and data["seconds"]["evaluation"] > 0
+    assert data["perceptual_loss"] is False
+    assert data["spec"]["config"]["eval_temperature"] == 0.5
+    model = IRIS.load(tmp_path / "run" / "model.zip")
+    assert model.num_timesteps == 60 and model.final_training_epochs == 2
+    # 60 steps are three epochs of one gradient step per network, then there are two more phases
+    assert model._n_updates == 3 * (3 + 2)
+    assert not list((tmp_path / "run").glob("checkpoint_*"))
+
+
+def test_goes_on_after_each_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted by an exception after every checkpoint, a run makes each step and each training phase once."""
+    folder = one_run(tmp_path / "run")
+    save = runs.save_checkpoint
+    names = []
+
+    def save_and_stop(run: runs.Run, model: Any, name: str, state: dict[str, Any]) -> None:
+        save(run, model, name, state)
+        names.append(name)
+        raise Interrupted
+
+    monkeypatch.setattr(runs, "save_checkpoint", save_and_stop)
+    for _ in range(5):
+        with pytest.raises(Interrupted):
+            work(folder)
+    data = work(folder)
+    assert names == [f"{steps:09d}_{phases:06d}" for steps, phases in ((20, 0), (40, 0), (60, 0), (60, 1), (60, 2))]
+    assert [session.get("from_step") for session in data["sessions"]] == [0, 20, 40, 60, 60, 60]
+    model = IRIS.load(folder / "model.zip")
+    assert model.num_timesteps == 60 and model._n_updates == 3 * (3 + 2)
+
+
+def test_interrupted_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is not whole does not count: the one before does."""
+    folder = one_run(tmp_path / "run")
+    save = IRIS.save_replay_buffer
+
+    def save_or_stop(model: IRIS, path: Any) -> None:
+        save(model, path)
+        if model.num_timesteps == 40:
+            raise Interrupted
+
+    monkeypatch.setattr(IRIS, "save_replay_buffer", save_or_stop)
+    with pytest.raises(Interrupted):
+        work(folder)
+    monkeypatch.setattr(IRIS, "save_replay_buffer", save)
+    assert [path.name for path in folder.glob("checkpoint_*")] == ["checkpoint_000000020_000000"]
+    assert work(folder)["sessions"][1]["from_step"] == 20
+    assert IRIS.load(folder / "model.zip")._n_updates == 3 * (3 + 2)
+
+
+def test_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted between two games, the evaluation plays the others, and the games it would have played anyway."""
+    whole = work(one_run(tmp_path / "whole", eval_games=3))
+    folder = one_run(tmp_path / "run", eval_games=3)
+    predict = IRIS.predict
+
+    def predict_or_stop(model: IRIS, *args: Any, **kwargs: Any) -> Any:
+        if len(runs.read(folder)["evaluation_games"]) == 1:
+            raise Interrupted
+        return predict(model, *args, **kwargs)
+
+    monkeypatch.setattr(IRIS, "predict", predict_or_stop)
+    with pytest.raises(Interrupted):
+        work(folder)
+    monkeypatch.setattr(IRIS, "predict", predict)
+    monkeypatch.setattr(atari100k, "train", None)  # is not called again
+    assert work(folder)["evaluation_games"] == whole["evaluation_games"]
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    """SIGKILL for the command: its workers end too, and the same command goes on; a third time changes nothing."""
+    command = ["--out", str(tmp_path), *SMALL, "--steps", "200", "--eval-games", "1", "--checkpoint-every", "20"]
+    folder = tmp_path / "Kangaroo" / "seed_0"
+    process = start(*command, "--refresh", "1")
+    wait_for(lambda: any(folder.glob("checkpoint_*")))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    worker = runs.read(folder)["sessions"][0]["pid"]
+    wait_for(lambda: not alive(worker), 20)
+    assert runs.read(folder)["status"] == "training"
+    assert start(*command, "--refresh", "1").wait() == 0
+    data = runs.read(folder)
+    assert data["status"] == "done" and data["steps"] == 200
+    assert len(data["sessions"]) == 2 and 20 <= data["sessions"][1]["from_step"] < 200
+    steps = [game["step"] for game in data["training_games"]]
+    assert steps == sorted(set(steps))
+    before = (folder / "run.json").read_bytes()
+    assert main(*command) == 0
+    assert (folder / "run.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_killed_worker_is_started_again(tmp_path: Path) -> None:
+    """SIGKILL for a worker: the sweep takes the run up again from its checkpoint."""
+    folder = tmp_path / "Kangaroo" / "seed_0"
+    process = start(
+        *["--out", str(tmp_path), *SMALL, "--steps", "160", "--eval-games", "1", "--checkpoint-every", "20", "--refresh", "1"]
+    )
+    wait_for(lambda: any(folder.glob("checkpoint_*")))
+    os.kill(runs.read(folder)["sessions"][0]["pid"], signal.SIGKILL)
+    assert process.wait() == 0
+    data = runs.read(folder)
+    assert data["status"] == "done" and len(data["sessions"]) == 2 and data["sessions"][1]["from_step"] >= 20
+
+
+def test_failed_run(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """A run that cannot work is not tried again; the error is shown, and the exit status says so."""
+    folder = tmp_path / "Kangaroo" / "seed_0"
+    command = ["--out", str(tmp_path), *SMALL, "--steps", "40", "--eval-games", "1", "--device", "nonsense", "--refresh", "1"]
+    assert main(*command) == 1
+    assert "nonsense" in capfd.readouterr().err
+    assert len(runs.read(folder)["sessions"]) == 1
+    assert main(*command[:-4], "--refresh", "1") == 0  # with a device that exists it goes on
+    assert runs.read(folder)["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--games", "Pongg"], "--games Pongg: not a game of Atari 100k"),
+        (["--steps", "0"], "--steps 0"),
+        (["--seeds", "-1"], "--seeds -1"),
+        (["--ray-address", "127.0.0.1:1"], "no Ray cluster answers there"),
+        (["--ray-address", "nonsense"], "no Ray cluster answers there"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:
+    if "--ray-address" in arguments:
+        pytest.importorskip("ray")
+    with pytest.raises(ValueError, match=message):
+        main("--out", str(tmp_path / "out"), *SMALL, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ['{"format": "sb3_iris run 1", "spec": {', "[]", '{"game": "Pong"}', ""])
+def test_broken_json(tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "Kangaroo" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json .*nothing was changed"):
+        main("--out", str(tmp_path), *SMALL)
+    assert (folder / "run.json").read_text() == content
+
+
+def test_other_protocol(tmp_path: Path) -> None:
+    folder = one_run(tmp_path / "Kangaroo" / "seed_0", steps=60)
+    before = (folder / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"another protocol \(steps: 60 there, 80 asked for\)"):
+        main("--out", str(tmp_path), *SMALL, "--steps", "80", "--eval-games", "1", "--games", "Pong", "Kangaroo")
+    assert (folder / "run.json").read_bytes() == before
+    assert not (tmp_path / "Pong").exists()
+    (tmp_path / "Pong" / "seed_0").mkdir(parents=True)
+    (tmp_path / "Pong" / "seed_0" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="not empty and not the folder of a run"):
+        main("--out", str(tmp_path), *SMALL, "--games", "Pong")
+
+
+def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main("--out", str(tmp_path / "out"), *SMALL, "--seeds", "0", "1", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "2 runs of 100,000 steps and 100 evaluation games, preset smoke: 0 done, 2 to do" in out
+    assert "hours a run" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_second_worker_keeps_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = one_run(tmp_path / "run")
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0)
+    with runs.lock(folder), pytest.raises(ValueError, match="another process works on this run"):
+        work(folder)
+    assert runs.read(folder)["sessions"] == []
+
+
+def test_settings_are_those_of_the_paper() -> None:
+    """The default settings file says what the constructor's defaults say, but for Freeway."""
+    parameters = inspect.signature(IRIS).parameters
+    for game in atari100k.GAMES:
+        config = atari100k.settings("paper", game)
+        different = {name: value for name, value in config.items() if value != parameters[name].default}
+        assert different == ({"temperature": 0.01} if game == "Freeway" else {})
+    assert len(atari100k.GAMES) == 26
+    assert atari100k.settings("smoke", "Freeway")["temperature"] == 0.01
+
+
+@pytest.mark.slow
+def test_ray_cluster_with_a_killed_worker(tmp_path: Path) -> None:
+    """On a real local cluster a worker is killed in mid-run: the sweep still ends with every result."""
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    ray = Path(sys.executable).with_name("ray")
+    options = ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir=/tmp/ray_{os.getpid()}"]
+    head = subprocess.Popen(
+        [ray, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--block", *options],
+        env=env,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+
+        def listening() -> bool:
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_for(listening, 60)
+        time.sleep(10)  # the port is there before the cluster is
+        out = tmp_path / "out"
+        sweep = start(
+            *["--out", str(out), "--preset", "smoke", "--games", "Kangaroo", "--seeds", "0", "1", "2", "--steps", "600"],
+            *["--eval-games", "1", "--checkpoint-every", "20", "--ray-address", f"127.0.0.1:{port}", "--refresh", "1"],
+        )
+        folder = out / "Kangaroo" / "seed_0"
+        wait_for(lambda: any(folder.glob("checkpoint_*")), 180)
+        assert runs.read(folder)["status"] == "training"
+        os.kill(runs.read(folder)["sessions"][0]["pid"], signal.SIGKILL)
+        assert sweep.wait(timeout=300) == 0
+        results = [json.loads((out / "Kangaroo" / f"seed_{seed}" / "run.json").read_text()) for seed in range(3)]
+        assert [data["status"] for data in results] == ["done"] * 3
+        assert all(data["steps"] == 600 and len(data["evaluation_games"]) == 1 for data in results)
+        assert [len(data["sessions"]) for data in results] == [2, 1, 1]
+        assert results[0]["sessions"][1]["from_step"] >= 20
+        assert results[0]["sessions"][0]["pid"] != results[0]["sessions"][1]["pid"]
+    finally:
+        head.terminate()
+        head.wait(timeout=60)

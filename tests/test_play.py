@@ -1,0 +1,134 @@
+"""Playing in a window: what it shows, which keys it takes, and the command itself on a screen that is not there."""
+
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from sb3_iris import play
+from sb3_iris.visualization import with_text
+from sb3_iris.world_model_env import WorldModelEnv, reconstruct
+from tests.corridor import Corridor, corridor_frame, learned_model
+from tests.presets import FrameEnv
+
+COMMAND = ("--env", "tests.corridor:Corridor", "--seed", "0", "--device", "cpu", "--temperature", "0")
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    learned_model().save(tmp_path / "model.zip")
+    return str(tmp_path / "model.zip")
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_window(path, real):
+    window, keys = play.make_window(play.parse_args([path, *COMMAND, *(["--real"] if real else [])]))
+    assert keys == {("a",): 0, ("d",): 1}
+    assert isinstance(window.unwrapped, Corridor if real else WorldModelEnv)
+    assert window.render_mode == "rgb_array"
+    obs, _ = window.reset(seed=3)
+    total = 0.0
+    for action in (1, 0, 1, 1, 1, 1):
+        image = window.render()
+        assert image.shape == (320 + 32, 640 if real else 320, 3)
+        frame = obs if real else obs.transpose(1, 2, 0)
+        assert np.array_equal(image[:320:40, :320:40], frame)
+        if real:
+            assert np.array_equal(image[:320:40, 320::40], reconstruct(window.model, frame[None])[0].transpose(1, 2, 0))
+        obs, reward, terminated, _, _ = window.step(action)
+        total += reward
+        lines = [f"action {action}  reward {reward:+.3g}", f"return {total:.3g}"]
+        assert np.array_equal(window.render()[320:], with_text(image[:320], lines, 2)[320:])
+        if terminated:
+            break
+    assert terminated and total == 1
+
+
+def test_agent_plays(path, monkeypatch):
+    window, _ = play.make_window(play.parse_args([path, *COMMAND, "--agent"]))
+    states = []
+
+    def predict(observation, state):
+        states.append(state)
+        return np.int64(1), (len(states),)
+
+    monkeypatch.setattr(window.model, "predict", predict)
+    window.unwrapped.vec_env.start_images = corridor_frame(0).transpose(2, 0, 1)[None]
+    window.reset()
+    for _ in range(4):
+        _, reward, terminated, _, _ = window.step(0)  # the keys do nothing
+    assert (reward, terminated) == (1, True)
+    assert states == [None, (1,), (2,), (3,)]
+    window.reset()
+    assert window.state is None
+
+
+def test_keys():
+    assert play.keys_to_action(FrameEnv()) == {("0",): 0, ("1",): 1, ("2",): 2}
+    minatar_env = pytest.importorskip("benchmarks.minatar_env", reason="the package minatar is needed for MinAtar's games")
+    keys = play.keys_to_action(minatar_env.make_minatar("Breakout"))
+    assert keys == {("0",): 0, ("1",): 1, ("2",): 2, (play.ARROWS["left"],): 1, (play.ARROWS["right"],): 2}
+    assert play.keys_to_action(minatar_env.make_minatar("SpaceInvaders"))[(ord(" "),)] == 3
+
+
+def test_keys_in_words():
+    keys = {("0",): 0, (play.ARROWS["left"], ord(" ")): 1, "ab": 2, ord("c"): 3}
+    assert play.describe(keys) == "0: 0, left+space: 1, a+b: 2, c: 3"
+
+
+def test_make_env():
+    assert isinstance(play.make_env("tests.presets:FrameEnv", {"length": 3}), FrameEnv)
+    assert play.make_env("CartPole-v1", {}).spec.id == "CartPole-v1"
+    breakout = play.make_env("ALE/Breakout-v5", {})
+    assert breakout.observation_space.shape == (64, 64, 3)
+    assert play.keys_to_action(breakout) == {("e",): 0, (" ",): 1, ("d",): 2, ("a",): 3}
+    with pytest.raises(gym.error.Error):
+        play.make_env("NoSuchGame-v0", {})
+
+
+def test_arguments(capsys):
+    args = play.parse_args(["m.zip", "--env", "x", "--env-kwargs", "game=Breakout", "n=3", "fast=True"])
+    assert args.env_kwargs == {"game": "Breakout", "n": 3, "fast": True}
+    with pytest.raises(SystemExit):
+        play.parse_args(["m.zip", "--env", "x", "--env-kwargs", "game"])
+    assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def test_model_of_other_images(path):
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        play.make_window(play.parse_args([path, "--env", "ALE/Breakout-v5", "--device", "cpu"]))
+
+
+def test_without_pygame(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    with pytest.raises(SystemExit, match=r"pygame-ce: pip install 'sb3_iris\[extra\]'"):
+        play.main([path, *COMMAND])
+
+
+@pytest.mark.parametrize("options", [(), ("--real",)])
+def test_command(path, monkeypatch, capsys, options):
+    """Keys pressed in the window move the game; Escape closes it."""
+    pygame = pytest.importorskip("pygame", reason="the window is pygame's, from the extra requirements")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    actions, shown = [], []
+    step, render = play.Window.step, play.Window.render
+
+    def spy_step(window, action):
+        actions.append(action)
+        if len(actions) == 4:
+            pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_d))
+        if len(actions) == 8:
+            pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_ESCAPE))
+        return step(window, action)
+
+    def spy_render(window):
+        shown.append(render(window))
+        return shown[-1]
+
+    monkeypatch.setattr(play.Window, "step", spy_step)
+    monkeypatch.setattr(play.Window, "render", spy_render)
+    play.main([path, *COMMAND, "--fps", "100", *options])
+    assert "Keys and their actions: a: 0, d: 1" in capsys.readouterr().out
+    assert actions[:4] == [0, 0, 0, 0] and set(actions[4:8]) == {1}
+    assert len(shown) >= 8

@@ -1,0 +1,55 @@
+"""The README's Python runs as it stands, but for fewer steps and a small checkpoint of another game."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+
+from sb3_iris import IRIS
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "tests" / "data" / "reference_small.pt"  # of 4 actions, as Breakout has
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    first, atari, reference, laptop, dream = blocks
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+
+    assert "learn(100_000" in first
+    exec(first.replace("learn(100_000", "learn(8"), names)
+    assert (tmp_path / "iris_pong.zip").exists()
+    assert names["model"].num_timesteps == 8 and names["model"].policy.image_space.shape == (3, 64, 64)
+
+    exec(atari.replace('"Pong"', '"Breakout"'), names)
+    assert names["env"].observation_space.shape == names["eval_env"].observation_space.shape == (64, 64, 3)
+
+    exec(reference.replace('"Pong.pt"', f"{str(CHECKPOINT)!r}"), names)
+    action, _ = names["model"].predict(names["eval_env"].reset())
+    assert action.shape == (1,) and 0 <= action[0] < 4
+
+    exec(laptop, names)
+    model = names["model"]
+    assert isinstance(model, IRIS) and model.policy.tokenizer.robust
+    model.final_training_epochs = 0
+    model.learn(8)
+
+    exec(dream, names)
+    assert isinstance(names["ppo"], PPO)
+    observations = names["dream"].reset()
+    assert observations.shape == (64, 3, 64, 64) and observations.dtype == np.uint8
+
+
+def test_commands_and_files_of_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^make ([a-z-]+)", text, flags=re.MULTILINE))
+    assert targets == {"demo", "test"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}: " in makefile for target in targets)
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", text) + re.findall(r"`(benchmarks/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
