@@ -24,6 +24,17 @@ class RenderedObservation(gym.ObservationWrapper):
     def observation(self, observation: Any) -> np.ndarray:
         return np.round(255 * np.asarray(self.env.render())).astype(np.uint8)
 
+    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
+        """
+        :return: MinAtar's actions by pygame's codes of the arrows and the space bar.
+        """
+        import pygame
+
+        keys = {"l": pygame.K_LEFT, "r": pygame.K_RIGHT, "u": pygame.K_UP, "d": pygame.K_DOWN, "f": pygame.K_SPACE}
+        game: Any = self.env.unwrapped
+        names = [game.game.env.action_map[index] for index in game.action_set]
+        return {(keys[name],): action for action, name in enumerate(names) if name in keys}
+
 
 def make_minatar(game: str, max_episode_steps: int = 1_000) -> gym.Env:
     """

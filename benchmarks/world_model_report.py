@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sb3_iris import IRIS
 from sb3_iris.play import literal, make_env
-from sb3_iris.visualization import world_model_report
+from sb3_iris.world_model_report import world_model_report
 
 
 def main() -> None:

@@ -21,9 +21,7 @@ from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.iris import IRIS
 from sb3_iris.policies import RecurrentState
 from sb3_iris.visualization import with_text
-from sb3_iris.world_model_env import WorldModelEnv, digit_keys, reconstruct, to_rgb
-
-ARROWS = {"left": 1073741904, "right": 1073741903, "up": 1073741906, "down": 1073741905}  # pygame's key codes
+from sb3_iris.world_model_env import WorldModelEnv, digit_keys, reconstruct, to_images, to_rgb
 
 
 class Window(gym.Wrapper):
@@ -66,7 +64,7 @@ class Window(gym.Wrapper):
 
     def render(self) -> np.ndarray:  # type: ignore[override]
         observation = np.asarray(self.observation)[None]
-        frames = [to_rgb(self.model.policy._to_images(observation)[0][0])]
+        frames = [to_rgb(to_images(self.model.policy, observation)[0])]
         if self.real:
             frames.append(to_rgb(reconstruct(self.model, observation)[0]))
         factor = -(-self.height // frames[0].shape[0])
@@ -76,22 +74,13 @@ class Window(gym.Wrapper):
 
 def keys_to_action(env: gym.Env) -> dict[Any, int]:
     """
-    Keys for a game: those that it names itself, else arrows and space for MinAtar's games, and digits for all others.
-
-    :param env: The real game.
-    :return: Actions by the keys pressed, for ``gymnasium.utils.play``.
+    :param env: A game, learned or real.
+    :return: Actions by the keys pressed, for ``gymnasium.utils.play``: those that the game names itself, else digits.
     """
     if env.has_wrapper_attr("get_keys_to_action"):
         return env.get_wrapper_attr("get_keys_to_action")()
     assert isinstance(env.action_space, gym.spaces.Discrete)
-    keys = digit_keys(int(env.action_space.n))
-    names = getattr(getattr(getattr(env.unwrapped, "game", None), "env", None), "action_map", None)
-    if names is not None:
-        letters = {"l": ARROWS["left"], "r": ARROWS["right"], "u": ARROWS["up"], "d": ARROWS["down"], "f": ord(" ")}
-        for action, index in enumerate(getattr(env.unwrapped, "action_set", range(len(names)))):
-            if names[index] in letters:
-                keys[(letters[names[index]],)] = action
-    return keys
+    return digit_keys(int(env.action_space.n))
 
 
 def describe(keys: dict[Any, int]) -> str:
@@ -99,10 +88,14 @@ def describe(keys: dict[Any, int]) -> str:
     :param keys: What ``keys_to_action`` gave: actions by a key, a code, or a combination of them.
     :return: It in words.
     """
-    names = {code: name for name, code in ARROWS.items()} | {ord(" "): "space", " ": "space"}
-    combinations = [keys_ if isinstance(keys_, tuple | str) else (keys_,) for keys_ in keys]
-    parts = [[names.get(key) or (key if isinstance(key, str) else chr(key)) for key in keys_] for keys_ in combinations]
-    return ", ".join(f"{'+'.join(part)}: {action}" for part, action in zip(parts, keys.values(), strict=True))
+    import pygame
+
+    def name(key: str | int) -> str:
+        return pygame.key.name(ord(key) if isinstance(key, str) else key)
+
+    combinations = [key if isinstance(key, tuple | str) else (key,) for key in keys]
+    words = ["+".join(map(name, combination)) for combination in combinations]
+    return ", ".join(f"{word}: {action}" for word, action in zip(words, keys.values(), strict=True))
 
 
 def make_env(name: str, kwargs: dict[str, Any]) -> gym.Env:
@@ -168,9 +161,11 @@ def make_window(args: argparse.Namespace) -> tuple[Window, dict[Any, int]]:
             temperature=args.temperature,
             max_episode_steps=args.max_episode_steps,
         )
+    window = Window(env, model, real=args.real, agent=args.agent)
     if args.seed is not None:
         model.policy.seed(args.seed)
-    return Window(env, model, real=args.real, agent=args.agent), keys
+        window.reset(seed=args.seed)  # once: `play` would start all games from the same seed
+    return window, keys
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -187,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("The policy plays; Escape closes the window.")
     else:
         print(f"Keys and their actions: {describe(keys)}; Escape closes the window.")
-    play(window, fps=args.fps, zoom=args.zoom, keys_to_action={} if args.agent else keys, seed=args.seed)
+    play(window, fps=args.fps, zoom=args.zoom, keys_to_action={} if args.agent else keys)
 
 
 if __name__ == "__main__":

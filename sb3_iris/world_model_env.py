@@ -61,8 +61,6 @@ class WorldModelVecEnv(VecEnv):
         seed: int | None = None,
     ) -> None:
         check_positive(n_envs=n_envs, **{} if max_episode_steps is None else {"max_episode_steps": max_episode_steps})
-        if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
-            raise ValueError(f"temperature={temperature!r} must be a finite number of at least 0")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r} must be 'rgb_array' or None")
         policy = model.policy
@@ -70,25 +68,17 @@ class WorldModelVecEnv(VecEnv):
         super().__init__(n_envs, policy.image_space, model.action_space)
         self.model: IRIS = model
         self.max_episode_steps: int | None = max_episode_steps
-        self.start_images: np.ndarray | None = None if start_observations is None else _to_images(policy, start_observations)
+        self.start_images: np.ndarray | None = None if start_observations is None else to_images(policy, start_observations)
         if self.start_images is None and model.replay_buffer.size() == 0:
             raise ValueError(
                 "start_observations=None, but the model's replay buffer is empty: give frames to start from, or load the "
                 "buffer with load_replay_buffer()"
             )
-        for name, network in (("tokenizer", policy.tokenizer), ("world model", policy.world_model)):
-            if _is_untrained(network):
-                warnings.warn(f"The {name} is untrained: the game will be noise. It is learned by model.learn().")
+        warn_if_untrained(model)
         self._generator: th.Generator = th.Generator(device=policy.device)
         self._generator.manual_seed(int(np.random.default_rng().integers(2**63)))
         self._rng: np.random.Generator = np.random.default_rng()
-        self.game: ImaginedGame = ImaginedGame(policy.tokenizer, policy.world_model, temperature, self._generator)
-        if kept_frames is not None and not (_is_whole(kept_frames) and 1 <= kept_frames <= self.game.max_frames):
-            raise ValueError(
-                f"kept_frames={kept_frames!r} must be None or a whole number from 1 to {self.game.max_frames}, one less "
-                "than the steps in the world model's context"
-            )
-        self.game.kept_frames = self.game.max_frames if kept_frames is None else kept_frames
+        self.game: ImaginedGame = make_game(model, temperature, self._generator, kept_frames)
         self._actions: np.ndarray | None = None
         self._observations: np.ndarray | None = None  # (N, C, H, W) uint8, None before the first reset
         self._steps: np.ndarray = np.zeros(n_envs, dtype=np.int64)  # since the start of each episode
@@ -111,7 +101,7 @@ class WorldModelVecEnv(VecEnv):
         self._reset_options()
         self._actions = None
         self._steps[:] = 0
-        self._observations = _to_bytes(self.game.reset(self._first_tokens(self.num_envs)))
+        self._observations = to_bytes(self.game.reset(self._first_tokens(self.num_envs)))
         return self._observations.copy()
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -143,7 +133,7 @@ class WorldModelVecEnv(VecEnv):
         if len(over) > 0:
             for n in over:
                 infos[n]["terminal_observation"] = observations[n].copy()
-            observations[over] = _to_bytes(self.game.restart(over, self._first_tokens(len(over))))
+            observations[over] = to_bytes(self.game.restart(over, self._first_tokens(len(over))))
             self._steps[over] = 0
             self._observations = observations
         return observations.copy(), rewards, dones, infos
@@ -159,7 +149,7 @@ class WorldModelVecEnv(VecEnv):
         rewards, ends, frames = self.game.step(th.as_tensor(self._actions, device=self.model.policy.device))
         assert frames is not None
         self._actions = None
-        self._observations = _to_bytes(frames)
+        self._observations = to_bytes(frames)
         self._steps += 1
         ended = ends.cpu().numpy()
         too_long = np.zeros_like(ended) if self.max_episode_steps is None else self._steps >= self.max_episode_steps
@@ -210,21 +200,19 @@ class WorldModelEnv(gym.Env):
     One game played in a model's world model, as a Gymnasium environment; see ``WorldModelVecEnv``.
 
     :param model: The model.
-    :param keys_to_action: What ``gymnasium.utils.play`` shall do with which keys; None for what the model's environment says.
     :param kwargs: Further arguments of ``WorldModelVecEnv``.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012
     action_space: spaces.Discrete
 
-    def __init__(self, model: "IRIS", keys_to_action: dict[Any, int] | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: "IRIS", **kwargs: Any) -> None:
         if "n_envs" in kwargs:
             raise ValueError(f"n_envs={kwargs['n_envs']!r}: this is one game, use WorldModelVecEnv for more")
         self.vec_env = WorldModelVecEnv(model, 1, **kwargs)
         self.observation_space = self.vec_env.observation_space
         self.action_space = model.action_space
         self.render_mode = self.vec_env.render_mode
-        self.keys_to_action = keys_to_action
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """
@@ -256,16 +244,12 @@ class WorldModelEnv(gym.Env):
 
     def get_keys_to_action(self) -> dict[Any, int]:
         """
-        :return: Actions by the keys pressed: those given, else the model's environment's own, else digits.
+        :return: Actions by the keys pressed, for ``gymnasium.utils.play``: the model's environment's own, else digits.
         """
-        if self.keys_to_action is not None:
-            return self.keys_to_action
         vec_env = self.vec_env.model.get_env()
-        if vec_env is not None:
-            try:
-                return vec_env.env_method("get_keys_to_action", indices=0)[0]
-            except AttributeError:
-                pass
+        # Asked first, as a worker of SubprocVecEnv dies of a method that is not there
+        if vec_env is not None and vec_env.has_attr("get_keys_to_action"):
+            return vec_env.env_method("get_keys_to_action", indices=0)[0]
         return digit_keys(int(self.action_space.n))
 
 
@@ -295,6 +279,45 @@ class ReconstructedVecEnv(VecEnvWrapper):
         return reconstruct(self.model, np.asarray(observations)), rewards, dones, infos
 
 
+def make_game(
+    model: "IRIS", temperature: float = 1.0, generator: th.Generator | None = None, kept_frames: int | None = None
+) -> ImaginedGame:
+    """
+    The core of all games here, which is that of the actor-critic's own imagination.
+
+    :param model: The model.
+    :param temperature: Temperature of all sampling from the world model; 0 takes the most likely class.
+    :param generator: Random stream of the sampling, on the model's device; torch's global one if None.
+    :param kept_frames: See ``WorldModelVecEnv``.
+    :return: The game, not started yet.
+    :raises ValueError: If an argument does not fit.
+    """
+    if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
+        raise ValueError(f"temperature={temperature!r} must be a finite number of at least 0")
+    game = ImaginedGame(model.policy.tokenizer, model.policy.world_model, temperature, generator)
+    if kept_frames is not None:
+        whole = isinstance(kept_frames, int | np.integer) and not isinstance(kept_frames, bool)
+        if not (whole and 1 <= kept_frames <= game.max_frames):
+            raise ValueError(
+                f"kept_frames={kept_frames!r} must be None or a whole number from 1 to {game.max_frames}, one less "
+                "than the steps in the world model's context"
+            )
+    game.kept_frames = game.max_frames if kept_frames is None else int(kept_frames)
+    return game
+
+
+def warn_if_untrained(model: "IRIS") -> None:
+    """
+    Say so if a network that makes the game has had no training, by whether all biases that start from zero still are there.
+
+    :param model: The model.
+    """
+    for name, network in (("tokenizer", model.policy.tokenizer), ("world model", model.policy.world_model)):
+        norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
+        if not any(bool(norm.bias.any()) for norm in norms):
+            warnings.warn(f"The {name} is untrained: the game will be noise. It is learned by model.learn().")
+
+
 @th.no_grad()
 def reconstruct(model: "IRIS", observations: np.ndarray) -> np.ndarray:
     """
@@ -305,7 +328,7 @@ def reconstruct(model: "IRIS", observations: np.ndarray) -> np.ndarray:
     :return: (N, C, H, W) uint8 of the model's size
     """
     policy = model.policy
-    return _to_bytes(policy.tokenizer.decode(policy.tokenizer.encode(policy.to_frames(_to_images(policy, observations)))))
+    return to_bytes(policy.tokenizer.decode(policy.tokenizer.encode(policy.to_frames(to_images(policy, observations)))))
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
@@ -325,23 +348,22 @@ def digit_keys(n_actions: int) -> dict[Any, int]:
     return {(key,): action for action, key in enumerate("0123456789abcdefghijklmnopqrstuvwxyz"[:n_actions])}
 
 
-def _to_bytes(frames: th.Tensor) -> np.ndarray:
-    """(N, C, H, W) float32 in [0, 1] to uint8."""
+def to_bytes(frames: th.Tensor) -> np.ndarray:
+    """
+    :param frames: (N, C, H, W) float32 in [0, 1]
+    :return: (N, C, H, W) uint8
+    """
     return (255 * frames).round().to(th.uint8).cpu().numpy()
 
 
-def _to_images(policy: CnnLstmPolicy, observations: np.ndarray) -> np.ndarray:
-    """(n, C, H, W) uint8 images of the networks' size."""
+def to_images(policy: CnnLstmPolicy, observations: np.ndarray) -> np.ndarray:
+    """
+    :param policy: The networks.
+    :param observations: (N, ...) uint8 images of the environment's or the networks' size, channels first or last
+    :return: (N, C, H, W) uint8 of the networks' size
+    """
     observations = np.asarray(observations)
     if observations.ndim != 4 or len(observations) == 0:
         raise ValueError(f"observations has shape {observations.shape}, but must be a batch of images with four axes")
     return policy._to_images(observations)[0]
 
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_untrained(network: nn.Module) -> bool:
-    """Whether all biases that start from zero still are there."""
-    return not any(bool(m.bias.any()) for m in network.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm))

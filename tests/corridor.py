@@ -51,6 +51,11 @@ def corridor_frame(position: int) -> np.ndarray:
     return frame
 
 
+def corridor_images(*positions: int) -> np.ndarray:
+    """(n, 3, SIZE, SIZE) uint8."""
+    return np.stack([corridor_frame(position).transpose(2, 0, 1) for position in positions])
+
+
 def position_in(image: np.ndarray) -> int:
     """Where the bright cell is in a (3, SIZE, SIZE) image, by the mean of each cell."""
     return int(image.mean(axis=(0, 1)).reshape(LENGTH, 2).mean(1).argmax())

@@ -1,6 +1,7 @@
 """Playing in a window: what it shows, which keys it takes, and the command itself on a screen that is not there."""
 
 import sys
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +20,12 @@ COMMAND = ("--env", "tests.corridor:Corridor", "--seed", "0", "--device", "cpu",
 def path(tmp_path) -> str:
     learned_model().save(tmp_path / "model.zip")
     return str(tmp_path / "model.zip")
+
+
+@pytest.fixture
+def pygame(monkeypatch) -> Any:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    return pytest.importorskip("pygame", reason="the window is pygame's, from the extra requirements")
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -64,16 +71,32 @@ def test_agent_plays(path, monkeypatch):
     assert window.state is None
 
 
-def test_keys():
+@pytest.mark.parametrize("real", [False, True])
+def test_seed(path, real):
+    """The seed decides on all games, which are different ones."""
+
+    def first_frames() -> list[bytes]:
+        window, _ = play.make_window(play.parse_args([path, *COMMAND, *(["--real"] if real else [])]))
+        frames = []
+        for _ in range(8):
+            window.reset(seed=None)  # as `gymnasium.utils.play` asks for it
+            frames.append(window.render().tobytes())
+        return frames
+
+    frames = first_frames()
+    assert frames == first_frames() and len(set(frames)) > 1
+
+
+def test_keys(pygame):
     assert play.keys_to_action(FrameEnv()) == {("0",): 0, ("1",): 1, ("2",): 2}
     minatar_env = pytest.importorskip("benchmarks.minatar_env", reason="the package minatar is needed for MinAtar's games")
     keys = play.keys_to_action(minatar_env.make_minatar("Breakout"))
-    assert keys == {("0",): 0, ("1",): 1, ("2",): 2, (play.ARROWS["left"],): 1, (play.ARROWS["right"],): 2}
-    assert play.keys_to_action(minatar_env.make_minatar("SpaceInvaders"))[(ord(" "),)] == 3
+    assert keys == {(pygame.K_LEFT,): 1, (pygame.K_RIGHT,): 2}
+    assert play.keys_to_action(minatar_env.make_minatar("SpaceInvaders"))[(pygame.K_SPACE,)] == 3
 
 
-def test_keys_in_words():
-    keys = {("0",): 0, (play.ARROWS["left"], ord(" ")): 1, "ab": 2, ord("c"): 3}
+def test_keys_in_words(pygame):
+    keys = {("0",): 0, (pygame.K_LEFT, ord(" ")): 1, "ab": 2, ord("c"): 3}
     assert play.describe(keys) == "0: 0, left+space: 1, a+b: 2, c: 3"
 
 
@@ -107,10 +130,8 @@ def test_without_pygame(path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [(), ("--real",)])
-def test_command(path, monkeypatch, capsys, options):
+def test_command(path, pygame, monkeypatch, capsys, options):
     """Keys pressed in the window move the game; Escape closes it."""
-    pygame = pytest.importorskip("pygame", reason="the window is pygame's, from the extra requirements")
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     actions, shown = [], []
     step, render = play.Window.step, play.Window.render
 
@@ -118,6 +139,7 @@ def test_command(path, monkeypatch, capsys, options):
         actions.append(action)
         if len(actions) == 4:
             pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_d))
+        assert len(actions) < 100, "the window does not close"
         if len(actions) == 8:
             pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_ESCAPE))
         return step(window, action)

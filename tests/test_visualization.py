@@ -8,7 +8,6 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecTransposeImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,16 +19,12 @@ from sb3_iris.visualization import (
     reconstruction_grid,
     token_counts,
     token_histogram,
-    world_model_report,
     write_video,
 )
 from sb3_iris.world_model_env import reconstruct
-from tests.corridor import LENGTH, Corridor, corridor_frame, learned_model, position_in
-from tests.presets import SIZE, FrameEnv, assert_equal, frame_envs, parameters, steps_in_buffer, tiny
-
-
-def corridor_images(*positions: int) -> np.ndarray:
-    return np.stack([corridor_frame(position).transpose(2, 0, 1) for position in positions])
+from sb3_iris.world_model_report import WorldModelReport
+from tests.corridor import corridor_images, learned_model, position_in
+from tests.presets import SIZE, assert_equal, frame_envs, parameters, steps_in_buffer, tiny
 
 
 def test_reconstruction_grid():
@@ -114,12 +109,12 @@ def test_missing_packages(monkeypatch, tmp_path):
             raise ImportError(name)
         return original(name, *args, **kwargs)
 
-    report = world_model_report(learned_model(), Corridor(), n_steps=5, horizon=2)
+    columns = [np.zeros(2) for _ in WorldModelReport._fields]
     monkeypatch.setattr(builtins, "__import__", no_extras)
     with pytest.raises(ImportError, match=r"imageio: pip install 'sb3_iris\[extra\]'"):
         write_video(tmp_path / "video.gif", np.zeros((1, 2, 2, 3), dtype=np.uint8))
     with pytest.raises(ImportError, match=r"matplotlib: pip install 'sb3_iris\[extra\]'"):
-        report.plot(tmp_path / "report.png")
+        WorldModelReport(*columns).plot(tmp_path / "report.png")
 
 
 def test_callback(tmp_path):
@@ -152,88 +147,3 @@ def test_callback(tmp_path):
 def test_bad_callback_arguments(name):
     with pytest.raises(ValueError, match=f"{name}=0"):
         WorldModelCallback(**{name: 0})
-
-
-@pytest.mark.parametrize("n_envs", [1, 4])
-def test_report_of_a_learned_game(n_envs):
-    model = learned_model()
-    before = model.policy._generator.get_state()
-    report = world_model_report(model, make_vec_env(Corridor, n_envs), n_steps=200, horizon=6)
-    assert th.equal(model.policy._generator.get_state(), before)
-    assert report.n_segments[0] == 200 and (np.diff(report.n_segments) < 0).all()
-    assert (report.frame_error < 0.3 * report.repeat_error).all()
-    assert (report.reconstruction_error < report.frame_error + 1e-4).all()  # a wrong token may look as good
-    assert (report.token_accuracy > 0.9).all()
-    for column in (report.reward_precision, report.reward_recall, report.end_precision, report.end_recall):
-        assert (column > 0.8).all()
-    again = world_model_report(model, make_vec_env(Corridor, n_envs), n_steps=200, horizon=6)
-    assert all(np.array_equal(ours, theirs, equal_nan=True) for ours, theirs in zip(report, again, strict=True))
-
-
-def test_report_counts(monkeypatch, tmp_path):
-    """Against figures by hand, for a dream that always sees an end, reward 1 and the frame stand still."""
-    model = learned_model()
-
-    class StillGame:
-        max_frames = 3
-        kept_frames = 1
-
-        def __init__(self, *args):
-            pass
-
-        def reset(self, tokens):
-            self.tokens = tokens
-            self.frames = model.policy.tokenizer.decode(tokens)
-
-        def step(self, actions):
-            return th.ones(len(actions)), th.ones(len(actions), dtype=th.bool), self.frames
-
-    monkeypatch.setattr("sb3_iris.visualization.ImaginedGame", StillGame)
-    monkeypatch.setattr(model.policy, "predict", lambda obs, *args, **kwargs: (np.ones(len(obs), dtype=int), None))
-
-    class FromLeft(Corridor):
-        """Episodes from the left end: 0, 1, 2, 3, reward 1."""
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            self.position = 0
-            return corridor_frame(0), {}
-
-        def step(self, action):
-            return super().step(1)  # whatever exploration says
-
-    report = world_model_report(model, FromLeft(), n_steps=2 * LENGTH, horizon=5)
-    assert report.n_segments.tolist() == [8, 6, 4, 2, 0]
-    images = corridor_images(0, 1, 2, 3)
-    # two cells of four differ between any two positions
-    assert report.repeat_error[:3] == pytest.approx([0.5, 0.5, 0.5])
-    pairs = [np.abs(reconstruct(model, images[:-h]) / 255 - images[h:] / 255).mean() for h in (1, 2, 3)]
-    assert report.frame_error[:3] == pytest.approx(pairs, abs=0.002)
-    floors = [np.abs(reconstruct(model, images[h:]) / 255 - images[h:] / 255).mean() for h in (1, 2, 3)]
-    assert report.reconstruction_error[:3] == pytest.approx(floors, abs=0.002)
-    # one segment in LENGTH, then in LENGTH - 1 ..., meets the end at that horizon
-    assert report.reward_precision[:4] == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1])
-    assert report.end_precision[:4] == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1])
-    assert report.reward_recall[:4].tolist() == report.end_recall[:4].tolist() == [1, 1, 1, 1]
-    assert all(np.isnan(column[4]) for column in report[1:]) and np.isnan(report.frame_error[3])
-    table = report.table().splitlines()
-    assert len(table) == 7 and table[0].startswith("| horizon | segments | frame error |")
-    assert table[-1] == "| 5 | 0 |" + " - |" * 8
-    assert {line.count("|") for line in table} == {11}
-    report.plot(tmp_path / "report.png")
-    assert cv2.imread(str(tmp_path / "report.png")).shape == (400, 1200, 3)
-
-
-def test_report_of_another_game():
-    with pytest.raises(ValueError, match="actions"):
-        world_model_report(learned_model(), FrameEnv())
-
-    class Larger(Corridor):
-        pass
-
-    larger = Larger()
-    larger.observation_space = type(larger.observation_space)(0, 255, (16, 16, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"shape \(3, 16, 16\), but the model was made for \(3, 8, 8\)"):
-        world_model_report(learned_model(), larger)
-    with pytest.raises(ValueError, match="n_steps=0"):
-        world_model_report(learned_model(), Corridor(), n_steps=0)

@@ -15,7 +15,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import VecMonitor, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecTransposeImage
 
 from sb3_iris import IRIS
 from sb3_iris.imagination import ImaginedGame
@@ -292,12 +292,20 @@ def test_single_env(model):
     env.step(0)
     assert env.step(0)[1:4] == (-1.0, True, False)
     assert env.get_keys_to_action() == {("a",): 0, ("d",): 1}  # the real game's
-    assert WorldModelEnv(model, keys_to_action={("x",): 1}).get_keys_to_action() == {("x",): 1}
     assert WorldModelEnv(model, render_mode=None).render() is None
-    played = tiny(FrameEnv(), **NO_TRAINING)
-    with pytest.warns(UserWarning, match="untrained"):
-        env = WorldModelEnv(played, start_observations=np.zeros((1, SIZE, SIZE, 3), dtype=np.uint8))
-    assert env.get_keys_to_action() == {("0",): 0, ("1",): 1, ("2",): 2}
+
+
+@pytest.mark.filterwarnings("ignore:The tokenizer is untrained", "ignore:The world model is untrained")
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_keys_of_a_game_that_names_none(vec_env_cls):
+    real = make_vec_env(FrameEnv, vec_env_cls=vec_env_cls)
+    try:
+        model = tiny(real, **NO_TRAINING)
+        env = WorldModelEnv(model, start_observations=np.zeros((1, SIZE, SIZE, 3), dtype=np.uint8))
+        assert env.get_keys_to_action() == {("0",): 0, ("1",): 1, ("2",): 2}
+        model.learn(4)  # asking has broken nothing
+    finally:
+        real.close()
 
 
 def test_record_video(model, tmp_path):
