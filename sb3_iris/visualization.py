@@ -32,7 +32,7 @@ def reconstruction_grid(model: "IRIS", observations: np.ndarray) -> np.ndarray:
     images = to_images(model.policy, observations)
     reconstructions = reconstruct(model, images)
     errors = np.abs(images.astype(np.int16) - reconstructions).astype(np.uint8)
-    rows = [np.concatenate([_enlarge(to_rgb(image)) for image in row], axis=1) for row in (images, reconstructions, errors)]
+    rows = [np.concatenate([_tile(image) for image in row], axis=1) for row in (images, reconstructions, errors)]
     return np.concatenate(rows)
 
 
@@ -135,7 +135,7 @@ def comparison_video(comparison: Comparison) -> np.ndarray:
     video = []
     ended = False
     for t in range(len(comparison.real)):
-        real, imagined = (_enlarge(to_rgb(images[t])) for images in (comparison.real, comparison.imagined))
+        real, imagined = (_tile(images[t]) for images in (comparison.real, comparison.imagined))
         left, right = ["real"], ["imagined"]
         if t > 0:
             ended = ended or bool(comparison.imagined_ends[t - 1])
@@ -275,7 +275,9 @@ class WorldModelCallback(BaseCallback):
         return np.concatenate(padded, axis=1)
 
 
-def _enlarge(image: np.ndarray) -> np.ndarray:
-    """Repeat pixels until the shorter side has SHORTEST_SIDE."""
-    factor = -(-SHORTEST_SIDE // min(image.shape[:2]))
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+def _tile(image: np.ndarray) -> np.ndarray:
+    """(C, H, W) as RGB, its pixels repeated until the shorter side has SHORTEST_SIDE, with a line to tell it from the next."""
+    factor = -(-SHORTEST_SIDE // min(image.shape[1:]))
+    tile = to_rgb(image).repeat(factor, axis=0).repeat(factor, axis=1)
+    tile[-1] = tile[:, -1] = 128
+    return tile

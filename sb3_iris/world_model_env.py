@@ -34,7 +34,8 @@ class WorldModelVecEnv(VecEnv):
     model learns them. An episode ends when the world model says so, or is truncated after ``max_episode_steps``. The
     frame after an end is never learned: the ``terminal_observation`` of an episode that was not truncated is a guess.
 
-    The games are those of the model as it is now: training it further changes them.
+    The games are those of the model as it is now: training it further changes them. Images below 36 pixels are too small for
+    the features extractor of SB3's ``CnnPolicy``; ``benchmarks/dream_ppo.py`` gives it another one.
 
     :param model: The model; its replay buffer gives the first frames, drawn like those of its own imagination.
     :param n_envs: Number of games.
@@ -68,7 +69,12 @@ class WorldModelVecEnv(VecEnv):
         super().__init__(n_envs, policy.image_space, model.action_space)
         self.model: IRIS = model
         self.max_episode_steps: int | None = max_episode_steps
-        self.start_images: np.ndarray | None = None if start_observations is None else to_images(policy, start_observations)
+        self.start_images: np.ndarray | None = None
+        if start_observations is not None:
+            try:
+                self.start_images = to_images(policy, start_observations)
+            except ValueError as error:
+                raise ValueError(f"start_observations does not fit the model: {error}") from error
         if self.start_images is None and model.replay_buffer.size() == 0:
             raise ValueError(
                 "start_observations=None, but the model's replay buffer is empty: give frames to start from, or load the "
@@ -231,7 +237,10 @@ class WorldModelEnv(gym.Env):
         """
         :param action: Action in [0, A).
         :return: Observation (C, H, W) uint8, reward in {-1, 0, 1}, terminated, truncated and an empty info.
+        :raises ValueError: If it is no action of the game.
         """
+        if not self.action_space.contains(action):
+            raise ValueError(f"action={action!r} must be a whole number in [0, {self.action_space.n})")
         self.vec_env.step_async(np.asarray(action)[None])
         observations, rewards, ends, truncated = self.vec_env.advance()
         return observations[0].copy(), float(rewards[0]), bool(ends[0]), bool(truncated[0]), {}
@@ -366,4 +375,3 @@ def to_images(policy: CnnLstmPolicy, observations: np.ndarray) -> np.ndarray:
     if observations.ndim != 4 or len(observations) == 0:
         raise ValueError(f"observations has shape {observations.shape}, but must be a batch of images with four axes")
     return policy._to_images(observations)[0]
-

@@ -57,13 +57,18 @@ class WorldModelReport(NamedTuple):
         figure = Figure(figsize=(12, 4), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         horizons = np.arange(1, len(self.n_segments) + 1)
+        labels = {
+            "frame_error": "imagined",
+            "repeat_error": "last real frame repeated",
+            "reconstruction_error": "reconstruction",
+        }
         for axes, title, names in (
-            (left, "mean absolute error of pixels", ("frame_error", "repeat_error", "reconstruction_error")),
-            (middle, "token accuracy", ("token_accuracy",)),
+            (left, "mean absolute error of pixels", labels),
+            (middle, "share of right tokens", ("token_accuracy",)),
             (right, "precision and recall", ("reward_precision", "reward_recall", "end_precision", "end_recall")),
         ):
             for name in names:
-                axes.plot(horizons, getattr(self, name), marker=".", label=name.replace("_", " "))
+                axes.plot(horizons, getattr(self, name), marker=".", label=labels.get(name, name.replace("_", " ")))
             axes.set(xlabel="horizon in steps", title=title, ylim=(0, None) if axes is left else (0, 1.02))
             axes.legend()
         figure.savefig(path)
@@ -84,7 +89,8 @@ def world_model_report(
     (open loop: after the first frame nothing real but the actions is seen) and compare.
 
     :param model: The model; its policy plays the real game, with one action in ten at random.
-    :param env: The real game; a vectorized one is played in parallel.
+    :param env: The real game, not the very environment that the model trains in, whose episode would break off; a vectorized
+        one is played in parallel.
     :param n_steps: Real steps to play, over all environments; each is the start of a segment.
     :param horizon: Most steps to imagine.
     :param temperature: Temperature of the world model's sampling.

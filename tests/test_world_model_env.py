@@ -1,5 +1,6 @@
 """The learned game as an environment: its conventions, its exactness, and that other algorithms learn in it."""
 
+import re
 from typing import Any
 
 import gymnasium as gym
@@ -358,7 +359,10 @@ def test_after_load(model, tmp_path):
         ({"render_mode": "human"}, "render_mode='human'"),
         ({"kept_frames": 0}, "kept_frames=0 must be None or a whole number from 1 to 3"),
         ({"kept_frames": 4}, "kept_frames=4"),
-        ({"start_observations": np.zeros((1, 16, 16, 3), dtype=np.uint8)}, r"shape \(1, 16, 16, 3\).*\(3, 8, 8\)"),
+        (
+            {"start_observations": np.zeros((1, 16, 16, 3), dtype=np.uint8)},
+            r"start_observations.*shape \(1, 16, 16, 3\).*\(3, 8, 8\)",
+        ),
         ({"start_observations": np.zeros((1, 8, 8, 3))}, "dtype float64"),
         ({"start_observations": np.zeros((8, 8, 3), dtype=np.uint8)}, "batch of images"),
         ({"start_observations": np.zeros((0, 8, 8, 3), dtype=np.uint8)}, "batch of images"),
@@ -386,6 +390,15 @@ def test_bad_actions(model, actions, message):
     env.reset()
     with pytest.raises(ValueError, match=message):
         env.step(actions)
+
+
+@pytest.mark.parametrize("action", [2, -1, 1.0, [1], np.array([1]), None])
+def test_bad_action_of_a_single_env(model, action):
+    env = WorldModelEnv(model)
+    env.reset()
+    with pytest.raises(ValueError, match=re.escape(f"action={action!r} must be a whole number in [0, 2)")):
+        env.step(action)
+    assert env.step(np.array(1))[0].shape == env.step(np.int64(1))[0].shape == (3, SIZE, SIZE)
 
 
 def test_single_env_takes_no_n_envs(model):
