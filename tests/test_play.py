@@ -10,7 +10,7 @@ import pytest
 from sb3_iris import play
 from sb3_iris.visualization import with_text
 from sb3_iris.world_model_env import WorldModelEnv, reconstruct
-from tests.corridor import Corridor, corridor_frame, learned_model
+from tests.corridor import Corridor, corridor_frame, learned_model, position_in
 from tests.presets import FrameEnv
 
 COMMAND = ("--env", "tests.corridor:Corridor", "--seed", "0", "--device", "cpu", "--temperature", "0")
@@ -154,3 +154,22 @@ def test_command(path, pygame, monkeypatch, capsys, options):
     assert "Keys and their actions: a: 0, d: 1" in capsys.readouterr().out
     assert actions[:4] == [0, 0, 0, 0] and set(actions[4:8]) == {1}
     assert len(shown) >= 8
+
+
+def test_gymnasium_plays_the_learned_game(pygame):
+    """Without this package's window: Gymnasium asks the environment for keys and pictures."""
+    from gymnasium.utils.play import play as gymnasium_play
+
+    actions, observations = [], []
+
+    def callback(before, after, action, *_):
+        actions.append(action)
+        observations.append(after)
+        assert len(actions) < 100, "the window does not close"
+        if len(actions) in (2, 4):
+            pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key={2: pygame.K_d, 4: pygame.K_ESCAPE}[len(actions)]))
+
+    env = WorldModelEnv(learned_model(), temperature=0, start_observations=corridor_frame(3)[None])
+    gymnasium_play(env, fps=100, zoom=10, callback=callback)
+    assert actions == [0, 0, 1, 1]
+    assert [position_in(observation) for observation in observations] == [2, 1, 2, 3]
