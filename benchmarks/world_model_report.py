@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000, help="real steps to play (default: %(default)s)")
     parser.add_argument("--horizon", type=int, default=20, help="most steps to imagine (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the world model (default: %(default)s)")
-    parser.add_argument("--kept-frames", type=int, help="frames that stay in a full context (default: a sliding window)")
+    parser.add_argument("--kept-frames", type=int, help="frames that stay in a full context (default: those of half of it)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("world_model_report"), help="files to write, without suffix")

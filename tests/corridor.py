@@ -64,6 +64,11 @@ def position_in(image: np.ndarray) -> int:
 @functools.cache
 def learned_model() -> IRIS:
     """A model whose tokenizer and world model have learned the corridor, its policy has not. Not to be trained."""
+    return model_of(Corridor)
+
+
+def model_of(game: type[gym.Env], **kwargs: Any) -> IRIS:
+    """A model whose tokenizer and world model have learned a game as small as the corridor, its policy has not."""
     settings: dict[str, Any] = {
         **SETTINGS,
         "buffer_size": 1_000,
@@ -76,7 +81,8 @@ def learned_model() -> IRIS:
         "world_model_batch_size": 32,
         "world_model_gradient_steps": 400,
         "actor_critic_gradient_steps": 0,
+        **kwargs,
     }
     sizes = {**SIZES, "robust_tokenizer": True, "embed_dim": 32, "dropout": 0.0}
-    model = IRIS("CnnPolicy", make_vec_env(Corridor, 4, seed=0), policy_kwargs=sizes, **settings)
+    model = IRIS("CnnPolicy", make_vec_env(game, 4, seed=0), policy_kwargs=sizes, **settings)
     return model.learn(600)

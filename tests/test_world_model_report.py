@@ -8,7 +8,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_iris.world_model_env import reconstruct
 from sb3_iris.world_model_report import world_model_report
-from tests.corridor import LENGTH, Corridor, corridor_frame, corridor_images, learned_model
+from tests.corridor import LENGTH, Corridor, corridor_frame, corridor_images, learned_model, model_of
 from tests.presets import FrameEnv
 
 
@@ -95,3 +95,31 @@ def test_report_of_another_game():
         world_model_report(learned_model(), larger)
     with pytest.raises(ValueError, match="n_steps=0"):
         world_model_report(learned_model(), Corridor(), n_steps=0)
+
+
+class ToAndFro(Corridor):
+    """The cell goes to and fro by itself, which no frame shows but one at an end; every third step is the same either way."""
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed)
+        self.direction = int(self.np_random.choice([-1, 1]))
+        self.t = 0
+        return observation, info
+
+    def step(self, action):
+        self.t += 1
+        if not 0 <= self.position + self.direction < LENGTH:
+            self.direction *= -1
+        self.position += self.direction
+        return corridor_frame(self.position), 0.0, False, self.t == 30, {}
+
+
+def test_half_a_context_remembers_what_one_frame_does_not_show():
+    """Past the context the default goes on like a sliding window, while a restart from one frame forgets the way."""
+    model = model_of(ToAndFro, world_model_gradient_steps=600, sequence_length=6)
+    half, window, restart = (
+        world_model_report(model, make_vec_env(ToAndFro, 4), n_steps=300, horizon=13, kept_frames=kept).token_accuracy[8::3]
+        for kept in (None, 5, 1)
+    )
+    assert (half > 0.95).all() and (window > 0.95).all()
+    assert (restart < 0.75).all()
