@@ -442,11 +442,11 @@ def _on_ray(
     gpus = args.gpus_per_run
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) > 0 else 0
-    total = ray.cluster_resources()
-    for name, share in (("CPU", args.cpus_per_run), ("GPU", gpus)):
-        if share > total.get(name, 0):
-            ray.shutdown()
-            raise ValueError(f"a run wants {share:g} {name}, but the cluster has {total.get(name, 0):g} in all")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= args.cpus_per_run and node.get("GPU", 0) >= gpus for node in nodes):
+        ray.shutdown()  # Ray would wait for such a machine for ever
+        there = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise ValueError(f"a run wants {args.cpus_per_run:g} CPU, {gpus:g} GPU, but no machine has that ({there})")
 
     def task(root: str, folder: str, function: str, options: dict[str, Any]) -> None:
         sys.path.insert(0, root)
