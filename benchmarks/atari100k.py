@@ -13,21 +13,25 @@ On a Slurm cluster, start Ray on the nodes of a job and give the sweep to it, wi
 
     #!/bin/bash
     #SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=4 --cpus-per-task=32 --time=48:00:00
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     head=$(hostname --ip-address | cut -d' ' -f1)
-    srun --nodes=1 --ntasks=1 -w "$SLURMD_NODENAME" ray start --head --node-ip-address="$head" --port=6379 --block &
+    srun --nodes=1 --ntasks=1 -w "$SLURMD_NODENAME" \\
+        ray start --head --node-ip-address="$head" --port=6379 --num-cpus="$SLURM_CPUS_PER_TASK" --block &
     sleep 30
     srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$SLURMD_NODENAME" \\
-        ray start --address="$head:6379" --block &
+        ray start --address="$head:6379" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
     sleep 30
     python benchmarks/atari100k.py --out /shared/atari100k --ray-address "$head:6379" --gpus-per-run 0.5 --cpus-per-run 4
 
-When the job's time is over, submit it again: finished runs are skipped, the others go on.
+The nodes need this program at the same path and the extras ``benchmarks`` and ``cluster`` installed. When the job's time is
+over, submit it again: finished runs are skipped, the others go on.
 """
 
 import argparse
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +222,10 @@ def projected_hours(spec: dict[str, Any], device: str) -> float:
     small = _shrunk(config) | {f"{name}_batch_size": shares[name] for name in names}
     model = IRIS("CnnPolicy", make_atari_env(spec["game"]), device=device, **small)
     model.set_logger(configure(None, []))
-    model.learn(24, log_interval=None)  # the first time everything is slower
-    model.learn(24, log_interval=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A run of the paper's length")  # of these few gradient steps, that is
+        model.learn(24, log_interval=None)  # the first time everything is slower
+        model.learn(24, log_interval=None)
     seconds = model.logger.name_to_value
     epochs_in_all = spec["steps"] / config["train_freq"]
     total = seconds["time/collection_seconds"] / 24 * (spec["steps"] + EVALUATION_STEPS * spec["eval_games"])
@@ -261,8 +267,8 @@ def print_plan(specs: dict[Path, dict[str, Any]], args: argparse.Namespace) -> N
     print(
         f"{len(specs)} runs of {args.steps:,} steps and {args.eval_games} evaluation games, preset {args.preset}: "
         f"{len(done)} done, {to_do} to do\n"
-        f"about {hours:.2f} hours a run ({origin}), {hours * to_do:.1f} hours in all, "
-        f"{hours * -(-to_do // args.jobs):.1f} hours with --jobs {args.jobs} if they do not slow each other down"
+        f"about {hours:,.2f} hours a run ({origin}), {hours * to_do:,.1f} hours in all, "
+        f"{hours * -(-to_do // args.jobs):,.1f} hours with --jobs {args.jobs} if they do not slow each other down"
     )
 
 

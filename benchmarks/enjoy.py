@@ -5,6 +5,7 @@ Watch a trained agent with the RL Zoo's own commands, to which this script adds 
     python benchmarks/enjoy.py --record-video --algo iris --env PongNoFrameskip-v4 -f logs -n 1000 --no-render
 
 All flags are those of ``python -m rl_zoo3.enjoy``, or after ``--record-video`` those of ``python -m rl_zoo3.record_video``.
+Both sample actions in Atari games only, unless ``--stochastic`` is given.
 """
 
 import runpy

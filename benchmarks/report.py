@@ -51,6 +51,7 @@ class Agent(NamedTuple):
     protocol: dict[str, Any] | None = None
     only_means: bool = False
     unfinished: int = 0
+    without_lpips: int = 0  # runs that were to have the perceptual loss where it is installed, and it was not
 
 
 def normalise(scores: np.ndarray | float, game: str) -> Any:
@@ -84,7 +85,7 @@ def agent_of_runs(name: str, folder: Path) -> Agent:
     protocol: dict[str, Any] | None = None
     configs: dict[str, Any] = {}
     agent = Agent(name, {}, {})
-    unfinished = 0
+    unfinished = without_lpips = 0
     for data in runs.find(folder):
         spec = data["spec"]
         if spec.get("benchmark") != "atari100k":
@@ -101,9 +102,10 @@ def agent_of_runs(name: str, folder: Path) -> Agent:
         game, seed = spec["game"], spec["seed"]
         if seed in agent.scores.get(game, {}):
             raise ValueError(f"{folder} has {game} with seed {seed} twice")
+        without_lpips += spec["config"].get("perceptual_loss") == "auto" and not data.get("perceptual_loss", True)
         agent.scores.setdefault(game, {})[seed] = data["score"]
         agent.curves.setdefault(game, {})[seed] = [(g["step"], g["score"]) for g in data["training_games"]]
-    return agent._replace(protocol=protocol, unfinished=unfinished)
+    return agent._replace(protocol=protocol, unfinished=unfinished, without_lpips=without_lpips)
 
 
 def common_seeds(agent: Agent, games: list[str]) -> list[int]:
@@ -212,7 +214,9 @@ def aggregate_table(agents: list[Agent], games: list[str], reps: int, out: Path)
             rows.append([agent.name, MISSING, *[MISSING] * 5])
     if scores:
         names = ["Mean", "Median", "IQM", "Optimality gap"]
-        figure, _ = plot_utils.plot_interval_estimates(points, bounds, names, xlabel="human-normalised score")
+        below = 0.1 - 1.6 / len(scores)  # under the numbers at the axes, whose share of the height is less with more agents
+        label = {"xlabel": "human-normalised score", "xlabel_y_coordinate": below, "wspace": 0.2}
+        figure, _ = plot_utils.plot_interval_estimates(points, bounds, names, **label)
         save(figure, out / "aggregates")
     header = ["Agent", "Games x runs", "Mean", "Median", "IQM", "Optimality gap", "Games at or above human"]
     return table(header, rows), scores
@@ -230,9 +234,11 @@ def improvement(agents: list[Agent], games: list[str], reps: int, out: Path) -> 
     first, *others = (agent for agent in agents if not agent.only_means and common_seeds(agent, games))
     if not others:
         return ""
-    pairs: dict[str, Any] = {f"{first.name},{other.name}": (matrix(first, games), matrix(other, games)) for other in others}
+    pairs: dict[str, Any] = {f"{first.name}\n{other.name}": (matrix(first, games), matrix(other, games)) for other in others}
     points, bounds = intervals(pairs, metrics.probability_of_improvement, reps)
-    axes = plot_utils.plot_probability_of_improvement(points, bounds, figsize=(5, 1 + 0.5 * len(pairs)))
+    look = {"pair_separator": "\n", "figsize": (5, 1 + 0.5 * len(pairs)), "xticks": [0, 0.25, 0.5, 0.75, 1]}
+    axes = plot_utils.plot_probability_of_improvement(points, bounds, **look)
+    axes.axvline(0.5, color="black", linewidth=1, linestyle="--")  # no better and no worse
     save(axes.figure, out / "probability_of_improvement")
     rows = []
     for pair, other in zip(pairs, others, strict=True):
@@ -320,11 +326,18 @@ def report(agents: list[Agent], out: Path, reps: int = 2_000) -> str:
         paper = {"preset": "paper", "steps": 100_000, "eval_games": 100}
         if protocol != paper:
             text.append("**This is not the protocol of the published scores.**")
+        if agent.without_lpips:
+            text.append(f"**{agent.without_lpips} runs did without the perceptual loss (LPIPS was not installed).**")
         text += [f"- Missing: {line}" for line in missing_runs(agent)] + [""]
     games = [game for game in GAMES if all(agent.scores.get(game) for agent in ours)]
     title = "all 26 games" if len(games) == len(GAMES) else f"{len(games)} of 26 games ({', '.join(games) or 'none'})"
     text.append(f"## Human-normalised scores, over {title}\n")
     text.append("Square brackets: 95 % stratified bootstrap interval over runs.\n")
+    for agent in ours if games else []:
+        seeds = common_seeds(agent, games)
+        if any(set(agent.scores[game]) != set(seeds) for game in games):
+            those = f"seeds {', '.join(map(str, seeds))}, which are the" if seeds else "no seeds, since there are no"
+            text.append(f"- {agent.name}: over {those} seeds that all of these games have\n")
     out.mkdir(parents=True, exist_ok=True)
     if games:
         aggregate, scores = aggregate_table(agents, games, reps, out)

@@ -6,7 +6,9 @@ as a whole. A run that is ``done`` is never opened for writing again.
 """
 
 import argparse
+import contextlib
 import datetime
+import errno
 import fcntl
 import importlib
 import importlib.util
@@ -20,13 +22,15 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch as th
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -36,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FORMAT = "sb3_iris run 1"
 PACKAGES = ("sb3_iris", "torch", "numpy", "gymnasium", "ale-py", "stable_baselines3", "sb3_contrib", "lpips", "minatar")
 RAY_SECONDS = 60  # for a cluster to answer
-LOCK_SECONDS = 60  # a file system in the network may take a while to notice that a machine is gone
+LOCK_SECONDS = 120  # a file system in the network may take a while to notice that a machine is gone (NFS: 90 seconds)
 
 
 class Run:
@@ -87,7 +91,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / "run.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {folder} is not the folder of a run") from None
     except ValueError as error:
@@ -95,6 +99,17 @@ def read(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this benchmark (no format {FORMAT!r} in it): nothing was changed")
     return data
+
+
+def _text(path: Path) -> str:
+    """Content of a file that another machine may replace meanwhile: over NFS its reader then loses hold of it (ESTALE)."""
+    for _ in range(5):
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return path.read_text(encoding="utf-8")
 
 
 def find(folder: Path) -> list[dict[str, Any]]:
@@ -121,11 +136,21 @@ def check(specs: dict[Path, dict[str, Any]]) -> None:
             if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
                 raise ValueError(f"{folder} is not empty and not the folder of a run: choose another --out")
             continue
-        there = read(folder)["spec"]
-        if there != json.loads(json.dumps(spec)):
-            names = sorted(key for key in {*there, *spec} if there.get(key) != json.loads(json.dumps(spec.get(key))))
-            values = "; ".join(f"{name}: {there.get(name)!r} there, {spec.get(name)!r} asked for" for name in names)
-            raise ValueError(f"{folder} holds a run of another protocol ({values[:800]}): choose another --out")
+        differences = _differences(read(folder)["spec"], json.loads(json.dumps(spec)))
+        if differences:
+            raise ValueError(f"{folder} holds a run of another protocol ({'; '.join(differences)}): choose another --out")
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """What two specs differ in, in words."""
+    lines = []
+    for name in sorted({*there, *asked}):
+        old, new = there.get(name), asked.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {old!r} there, {new!r} asked for")
+    return lines
 
 
 def create(specs: dict[Path, dict[str, Any]]) -> None:
@@ -164,11 +189,25 @@ def machine() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {"gpu": gpu, "cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+        "hardware": {"gpu": gpu, "cpu": _cpu_name(), "cpus": _n_cpus()},
         "platform": platform.platform(),
         "versions": versions,
         "commit": commit or None,
     }
+
+
+def _cpu_name() -> str:
+    """Model of the processor; Python itself knows but its architecture on Linux."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _n_cpus() -> int:
+    """CPUs that this process may use, which in a cluster's job are not all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def save_checkpoint(run: Run, model: BaseAlgorithm, name: str, state: dict[str, Any]) -> None:
@@ -200,7 +239,7 @@ def latest_checkpoint(run: Run) -> Path | None:
     return max(run.folder.glob("checkpoint_*"), default=None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """
     Keep other processes away from a run; the operating system lets go when this process ends, in whatever way.
@@ -241,6 +280,22 @@ def work(folder: Path, function: str, options: dict[str, Any]) -> None:
         getattr(importlib.import_module(module), name)(run, **options)
 
 
+def work_and_log(folder: Path, function: str, options: dict[str, Any]) -> None:
+    """
+    The same, with what is printed in the run's ``log.txt``.
+
+    :param folder: See ``work``.
+    :param function: See ``work``.
+    :param options: See ``work``.
+    """
+    with open(folder / "log.txt", "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            work(folder, function, options)
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
 # --- Many runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -276,9 +331,9 @@ def run_all(folders: list[Path], function: str, options: dict[str, Any], args: a
     if not console.is_terminal:
         console = Console(width=130)  # in a log file, Rich would squeeze the table into 80 columns
     if console.is_terminal:
-        with Live(_table(folders, failures), console=console, auto_refresh=False) as live:
+        with Live(_table(folders, failures, console.height), console=console, auto_refresh=False) as live:
             for _ in steps:
-                live.update(_table(folders, failures), refresh=True)
+                live.update(_table(folders, failures, console.height), refresh=True)
     else:
         shown = None
         for _ in steps:
@@ -293,25 +348,35 @@ def run_all(folders: list[Path], function: str, options: dict[str, Any], args: a
     return 1 if failures else 0
 
 
-def _table(folders: list[Path], failures: dict[Path, str]) -> Table:
-    """All runs, one line each."""
-    table = Table("run", "status", "steps", "training score", "evaluation", "score", "hours", "sessions", "on")
+def _table(folders: list[Path], failures: dict[Path, str], height: int | None = None) -> Table:
+    """All runs, one line each; where they are more than a terminal's height shows, those that something happens to first."""
+    rows = []
     for folder in folders:
         data = read(folder)
+        status = "failed" if folder.resolve() in failures else data["status"]
         trained = [game["score"] for game in data.get("training_games", [])[-10:]]
-        evaluated = data.get("evaluation_games", [])
         score = data.get("score")
-        table.add_row(
-            "/".join(folder.parts[-2:]),
-            "failed" if folder.resolve() in failures else data["status"],
-            f"{data.get('steps', 0):,} of {data['spec']['steps']:,}",
-            f"{sum(trained) / len(trained):.1f}" if trained else "-",
-            f"{len(evaluated)} of {data['spec']['eval_games']}",
-            f"{score:.1f}" if score is not None else "-",
-            f"{sum(data.get('seconds', {}).values()) / 3600:.2f}",
-            str(len(data["sessions"])),
-            data["sessions"][-1]["host"] if data["sessions"] else "-",
+        rows.append(
+            [
+                "/".join(folder.parts[-2:]),
+                status,
+                f"{data.get('steps', 0):,}/{data['spec']['steps']:,}",
+                f"{sum(trained) / len(trained):.1f}" if trained else "-",
+                f"{len(data.get('evaluation_games', []))}/{data['spec']['eval_games']}",
+                f"{score:.1f}" if score is not None else "-",
+                f"{sum(data.get('seconds', {}).values()) / 3600:.2f}",
+                str(len(data["sessions"])),
+                data["sessions"][-1]["host"] if data["sessions"] else "-",
+            ]
         )
+    counts = Counter(row[1] for row in rows)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=", ".join(f"{n} {status}" for status, n in counts.items()))
+    for name in ("run", "status", "steps", "training", "games", "score", "hours", "starts", "on"):
+        table.add_column(name, no_wrap=name in ("run", "status", "steps"))
+    if height is not None and len(rows) > height - 5:
+        rows.sort(key=lambda row: {"waiting": 1, "done": 2}.get(row[1], 0))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -355,7 +420,7 @@ def _on_this_machine(
 def _start(folder: Path, function: str, options: dict[str, Any], slot: int, gpus: list[str], jobs: int) -> subprocess.Popen:
     """A process that works on one run."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
+    env.setdefault("OMP_NUM_THREADS", str(max(_n_cpus() // jobs, 1)))
     if len(gpus) > 1:
         env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     with open(folder / "log.txt", "a") as log:
@@ -377,17 +442,17 @@ def _on_ray(
     gpus = args.gpus_per_run
     if gpus is None:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) > 0 else 0
-    total = ray.cluster_resources()
-    for name, share in (("CPU", args.cpus_per_run), ("GPU", gpus)):
-        if share > total.get(name, 0):
-            ray.shutdown()
-            raise ValueError(f"a run wants {share:g} {name}, but the cluster has {total.get(name, 0):g} in all")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= args.cpus_per_run and node.get("GPU", 0) >= gpus for node in nodes):
+        ray.shutdown()  # Ray would wait for such a machine for ever
+        there = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise ValueError(f"a run wants {args.cpus_per_run:g} CPU, {gpus:g} GPU, but no machine has that ({there})")
 
     def task(root: str, folder: str, function: str, options: dict[str, Any]) -> None:
         sys.path.insert(0, root)
-        from benchmarks.runs import work
+        from benchmarks.runs import work_and_log
 
-        work(Path(folder), function, options)
+        work_and_log(Path(folder), function, options)
 
     remote: Any = ray.remote(num_cpus=args.cpus_per_run, num_gpus=gpus, max_retries=args.retries)(task)
     tasks = {remote.remote(str(ROOT), str(folder), function, options): folder for folder in folders}
@@ -400,7 +465,8 @@ def _on_ray(
                 try:
                     ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    failures[folder] = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+                    message = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+                    failures[folder] = f"{message} (see log.txt there)"
         yield
     finally:
         for reference in tasks:
@@ -447,11 +513,11 @@ def check_ray(address: str) -> None:
 
 def main(main_function: Callable[[], int | None]) -> None:
     """
-    :param main_function: What a script does; its ``ValueError`` is the user's to read, without a traceback.
+    :param main_function: What a script does; its ``ValueError`` and ``OSError`` are the user's to read, without a traceback.
     """
     try:
         sys.exit(main_function())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")

@@ -5,7 +5,7 @@ Train with the RL Zoo's own command, to which this script adds one algorithm, ``
     python benchmarks/train.py --algo iris --env MinAtar/Breakout-v1 --eval-freq 2000 --progress
 
 All flags and all other algorithms are those of ``python -m rl_zoo3.train``. Without ``-conf``, the settings of ``iris`` come
-from ``hyperparams/iris.yml`` beside this script.
+from ``hyperparams/iris.yml`` beside this script. The zoo's evaluations are greedy but for Atari games.
 """
 
 import sys
@@ -59,7 +59,8 @@ class ExperimentManager(rl_zoo3.exp_manager.ExperimentManager):
 def sample_iris_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     What ``--optimize`` tries for IRIS: rates, discounts and exploration. Sizes of networks and batches, and gradient steps,
-    stay as the settings file has them, since more of them is slower rather than different.
+    stay as the settings file has them, since more of them is slower rather than different. The zoo judges a trial at its last
+    env step, so what IRIS would train after that is left out.
 
     :param trial: Optuna's trial.
     :param n_actions: Unused, for continuous actions.
@@ -67,7 +68,7 @@ def sample_iris_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     :param additional_args: Unused, for hindsight replay.
     :return: Arguments of ``IRIS``.
     """
-    return convert_iris_params(
+    params = convert_iris_params(
         {
             "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
             "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.003, 0.1, log=True),
@@ -79,6 +80,7 @@ def sample_iris_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
             "temperature": trial.suggest_float("temperature", 0.5, 1.5),
         }
     )
+    return {**params, "final_training_epochs": 0}
 
 
 def convert_iris_params(params: dict[str, Any]) -> dict[str, Any]:

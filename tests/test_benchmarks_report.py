@@ -21,6 +21,7 @@ def write_run(folder: Path, game: str, seed: int, score: float | None, **spec: A
         | spec,
         "status": "training" if score is None else "done",
         "sessions": [],
+        "perceptual_loss": False,
         "training_games": [] if score is None else [{"step": 1000 * i, "score": score, "frames": 9} for i in range(1, 5)],
     }
     if score is not None:
@@ -63,7 +64,7 @@ def test_published_iris_as_runs(tmp_path: Path) -> None:
     cells = rows(markdown)
     assert [cell.split()[0] for cell in cells["ours"]] == ["26", "1.046", "0.289", "0.501", "0.512", "10"]
     assert cells["P(ours > IRIS (published))"][0].startswith("0.500 ")
-    assert "not the protocol" not in markdown
+    assert "not the protocol" not in markdown and "LPIPS" not in markdown and "all of these games" not in markdown
     assert (tmp_path / "out" / "sample_efficiency.pdf").is_file()
     assert (tmp_path / "out" / "probability_of_improvement.png").is_file()
 
@@ -92,6 +93,7 @@ def test_missing_games_and_seeds(tmp_path: Path) -> None:
     # Pong has three seeds, Breakout two: the two that both have
     np.testing.assert_allclose(report.matrix(agent, ["Breakout", "Pong"]), [[1, 1], [0, 1]])
     markdown = report.report([agent, report.published_agent("iris")], tmp_path / "out", reps=20)
+    assert "- ours: over seeds 0, 1, which are the seeds that all of these games have" in markdown
     assert "over 2 of 26 games (Breakout, Pong)" in markdown
     cells = rows(markdown)
     assert cells["ours"][0] == "2 x 2" and cells["ours"][1].startswith("0.750 ")
@@ -114,6 +116,17 @@ def test_other_protocol_is_said(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "Pong", 0, 1.0, steps=500)
     markdown = report.report([report.agent_of_runs("ours", tmp_path / "runs")], tmp_path / "out", reps=20)
     assert "**This is not the protocol of the published scores.**" in markdown
+
+
+def test_missing_perceptual_loss_is_said(tmp_path: Path) -> None:
+    """A run of the paper's settings on a machine without LPIPS is not the paper's; names of agents may be odd."""
+    for seed, config in enumerate(({"perceptual_loss": "auto"}, {"perceptual_loss": None})):
+        write_run(tmp_path / str(seed), "Pong", 0, 1.0, config=config)
+    agents = [report.agent_of_runs(name, tmp_path / name[0]) for name in ("0, first > second", "1")]
+    assert [agent.without_lpips for agent in agents] == [1, 0]
+    markdown = report.report(agents, tmp_path / "out", reps=20)
+    assert markdown.count("**1 runs did without the perceptual loss (LPIPS was not installed).**") == 1
+    assert "P(0, first > second > 1)" in rows(markdown)
 
 
 def test_bad_folders(tmp_path: Path) -> None:

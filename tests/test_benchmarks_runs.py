@@ -1,6 +1,7 @@
 """Runs of the benchmarks: interrupted anywhere they go on, nothing finished is redone, nothing overwritten by mistake."""
 
 import contextlib
+import errno
 import inspect
 import json
 import os
@@ -9,17 +10,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks import atari100k, runs
 from sb3_iris import IRIS, atari_wrappers
 
 SCRIPT = str(Path(runs.__file__).with_name("atari100k.py"))
 SMALL = ["--preset", "smoke", "--games", "Kangaroo", "--seeds", "0"]
+PATIENCE = 300  # seconds after which a process has hung
 
 
 def main(*arguments: str) -> Any:
@@ -43,10 +46,24 @@ def work(folder: Path, checkpoint_every: int = 20) -> dict[str, Any]:
     return runs.read(folder)
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """The command, in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    return subprocess.Popen([sys.executable, SCRIPT, *arguments], stdout=subprocess.DEVNULL, env=env)
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """The command, in a process of its own that does not outlive the test."""
+    processes = []
+
+    def start_process(*arguments: str) -> subprocess.Popen:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        command = [sys.executable, SCRIPT, *arguments]
+        processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env))
+        return processes[-1]
+
+    yield start_process
+    for process in processes:
+        process.kill()
+        process.wait(PATIENCE)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -150,18 +167,18 @@ def test_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert work(folder)["evaluation_games"] == whole["evaluation_games"]
 
 
-def test_killed_and_started_again(tmp_path: Path) -> None:
+def test_killed_and_started_again(tmp_path: Path, start: Start) -> None:
     """SIGKILL for the command: its workers end too, and the same command goes on; a third time changes nothing."""
     command = ["--out", str(tmp_path), *SMALL, "--steps", "200", "--eval-games", "1", "--checkpoint-every", "20"]
     folder = tmp_path / "Kangaroo" / "seed_0"
     process = start(*command, "--refresh", "1")
     wait_for(lambda: any(folder.glob("checkpoint_*")))
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(PATIENCE)
     worker = runs.read(folder)["sessions"][0]["pid"]
     wait_for(lambda: not alive(worker), 20)
     assert runs.read(folder)["status"] == "training"
-    assert start(*command, "--refresh", "1").wait() == 0
+    assert start(*command, "--refresh", "1").wait(PATIENCE) == 0
     data = runs.read(folder)
     assert data["status"] == "done" and data["steps"] == 200
     assert len(data["sessions"]) == 2 and 20 <= data["sessions"][1]["from_step"] < 200
@@ -173,7 +190,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_worker_is_started_again(tmp_path: Path) -> None:
+def test_killed_worker_is_started_again(tmp_path: Path, start: Start) -> None:
     """SIGKILL for a worker: the sweep takes the run up again from its checkpoint."""
     folder = tmp_path / "Kangaroo" / "seed_0"
     process = start(
@@ -181,7 +198,7 @@ def test_killed_worker_is_started_again(tmp_path: Path) -> None:
     )
     wait_for(lambda: any(folder.glob("checkpoint_*")))
     os.kill(runs.read(folder)["sessions"][0]["pid"], signal.SIGKILL)
-    assert process.wait() == 0
+    assert process.wait(PATIENCE) == 0
     data = runs.read(folder)
     assert data["status"] == "done" and len(data["sessions"]) == 2 and data["sessions"][1]["from_step"] >= 20
 
@@ -225,11 +242,56 @@ def test_broken_json(tmp_path: Path, content: str) -> None:
     assert (folder / "run.json").read_text() == content
 
 
+def test_read_while_another_machine_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS a reader loses hold of a file that is replaced; it looks again, but not for ever, and not at other errors."""
+    folder = one_run(tmp_path / "run")
+    errors = [errno.ESTALE, errno.ESTALE]
+    read_text = Path.read_text
+
+    def read_or_lose(path: Path, **kwargs: Any) -> str:
+        if errors:
+            raise OSError(errors.pop(), "")
+        return read_text(path, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_or_lose)
+    assert runs.read(folder)["status"] == "waiting"
+    for number, left in ((errno.ESTALE, 4), (errno.EIO, 9)):
+        errors.extend([number] * (10 - len(errors)))
+        with pytest.raises(OSError):
+            runs.read(folder)
+        assert len(errors) == left
+        errors.clear()
+
+
+def test_table(tmp_path: Path) -> None:
+    """All runs, by names that can be read; in a terminal with too few lines those that something happens to come first."""
+    status = ["done"] * 20 + ["waiting"] * 20 + ["training", "evaluating"]
+    folders = [tmp_path / "ChopperCommand" / f"seed_{seed}" for seed in range(len(status))]
+    for folder, value in zip(folders, status, strict=True):
+        data = runs.read(one_run(folder))
+        runs.write_json(folder / "run.json", data | {"status": value})
+
+    def lines(width: int, height: int | None) -> list[str]:
+        console = Console(width=width)
+        with console.capture() as capture:
+            console.print(runs._table(folders, {folders[39]: "no memory"}, height))
+        return capture.get().splitlines()
+
+    assert lines(80, None)[0].strip() == "20 done, 19 waiting, 1 failed, 1 training, 1 evaluating"
+    assert [line.split()[0] for line in lines(80, None) if "seed" in line] == [f"ChopperCommand/seed_{i}" for i in range(42)]
+    first = [line.split()[:2] for line in lines(130, 24)[4:7]]
+    assert first == [[f"ChopperCommand/seed_{i}", what] for i, what in ((39, "failed"), (40, "training"), (41, "evaluating"))]
+    assert lines(130, 60) == lines(130, None)
+
+
 def test_other_protocol(tmp_path: Path) -> None:
     folder = one_run(tmp_path / "Kangaroo" / "seed_0", steps=60)
     before = (folder / "run.json").read_bytes()
     with pytest.raises(ValueError, match=r"another protocol \(steps: 60 there, 80 asked for\)"):
         main("--out", str(tmp_path), *SMALL, "--steps", "80", "--eval-games", "1", "--games", "Pong", "Kangaroo")
+    with pytest.raises(ValueError, match=r"\(config.temperature: 1.0 there, 0.5 asked for\)"):
+        spec = runs.read(folder)["spec"]
+        runs.check({folder: {**spec, "config": {**spec["config"], "temperature": 0.5}}})
     assert (folder / "run.json").read_bytes() == before
     assert not (tmp_path / "Pong").exists()
     (tmp_path / "Pong" / "seed_0").mkdir(parents=True)
@@ -266,7 +328,7 @@ def test_settings_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.slow
-def test_ray_cluster_with_a_killed_worker(tmp_path: Path) -> None:
+def test_ray_cluster_with_a_killed_worker(tmp_path: Path, start: Start) -> None:
     """On a real local cluster a worker is killed in mid-run: the sweep still ends with every result."""
     pytest.importorskip("ray")
     with socket.socket() as free:
@@ -278,16 +340,18 @@ def test_ray_cluster_with_a_killed_worker(tmp_path: Path) -> None:
     head = subprocess.Popen(
         [ray, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--block", *options],
         env=env,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
     try:
 
-        def listening() -> bool:
-            with socket.socket() as client:
-                return client.connect_ex(("127.0.0.1", port)) == 0
+        def answers() -> bool:
+            with contextlib.suppress(ValueError):
+                runs.check_ray(f"127.0.0.1:{port}")
+                return True
+            return False
 
-        wait_for(listening, 60)
-        time.sleep(10)  # the port is there before the cluster is
+        wait_for(answers)
         out = tmp_path / "out"
         sweep = start(
             *["--out", str(out), "--preset", "smoke", "--games", "Kangaroo", "--seeds", "0", "1", "2", "--steps", "600"],
@@ -297,13 +361,20 @@ def test_ray_cluster_with_a_killed_worker(tmp_path: Path) -> None:
         wait_for(lambda: any(folder.glob("checkpoint_*")), 180)
         assert runs.read(folder)["status"] == "training"
         os.kill(runs.read(folder)["sessions"][0]["pid"], signal.SIGKILL)
-        assert sweep.wait(timeout=300) == 0
+        assert sweep.wait(PATIENCE) == 0
         results = [json.loads((out / "Kangaroo" / f"seed_{seed}" / "run.json").read_text()) for seed in range(3)]
         assert [data["status"] for data in results] == ["done"] * 3
         assert all(data["steps"] == 600 and len(data["evaluation_games"]) == 1 for data in results)
         assert [len(data["sessions"]) for data in results] == [2, 1, 1]
         assert results[0]["sessions"][1]["from_step"] >= 20
         assert results[0]["sessions"][0]["pid"] != results[0]["sessions"][1]["pid"]
+        assert "actor_critic/" in (folder / "log.txt").read_text()  # what IRIS logs
+        # What a run cannot do is said, with its traceback in the run's folder
+        failing = start(
+            *["--out", str(tmp_path / "failing"), *SMALL, "--device", "nonsense", "--ray-address", f"127.0.0.1:{port}"],
+        )
+        assert failing.wait(PATIENCE) == 1
+        assert "Traceback" in (tmp_path / "failing" / "Kangaroo" / "seed_0" / "log.txt").read_text()
     finally:
         head.terminate()
         head.wait(timeout=60)

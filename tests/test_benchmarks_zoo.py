@@ -1,9 +1,11 @@
 """
 The RL Zoo's commands with ``iris`` as one of their algorithms, as a user calls them.
 
-In processes of their own, since importing ``rl_zoo3`` changes Gymnasium for everybody else.
+In processes of their own, since importing ``rl_zoo3`` changes Gymnasium for everybody else, and takes seconds: the commands of
+a test share one.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from benchmarks import runs
 pytest.importorskip("rl_zoo3")
 
 BENCHMARKS = Path(runs.__file__).parent
+PATIENCE = 300  # seconds after which a process has hung
 ENV = "MinAtar/Breakout-v1"
 NETWORKS = ("tokenizer", "world_model", "actor_critic")
 POLICY_KWARGS = (
@@ -31,26 +34,48 @@ TINY = [
 ]
 
 
-def command(script: str, *arguments: str, folder: Path) -> str:
-    """What a command prints; it must succeed."""
+# As `python SCRIPT ARGUMENTS` for one command after another
+RUN = """
+import json, runpy, sys
+from pathlib import Path
+for sys.argv in json.loads(sys.argv[1]):
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    print("END OF COMMAND", flush=True)
+"""
+
+
+def commands(*all_arguments: list[str], folder: Path) -> list[str]:
+    """What commands print, one after another; they must succeed."""
+    argv = [[str(BENCHMARKS / script), "--algo", "iris", *arguments] for script, *arguments in all_arguments]
     result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--algo", "iris", *arguments],
+        [sys.executable, "-c", RUN, json.dumps(argv)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return result.stdout.split("END OF COMMAND")[:-1]
 
 
 def test_train_continue_and_enjoy(tmp_path: Path) -> None:
     """Train with evaluations, checkpoints and logs; continue with ``-i``; watch what came out."""
     options = ["--env", ENV, "-n", "80", "--seed", "1", "--device", "cpu"]
     written = ["--eval-freq", "40", "--eval-episodes", "2", "--save-freq", "40", "--tensorboard-log", "tb", "--progress"]
-    out = command("train.py", *options, *written, "--save-replay-buffer", "-params", *TINY, POLICY_KWARGS, folder=tmp_path)
-    assert f"Loading hyperparameters from: {BENCHMARKS / 'hyperparams' / 'iris.yml'}" in out
     folder = tmp_path / "logs" / "iris" / "MinAtar-Breakout-v1_1"
+    agent = str(folder / "MinAtar-Breakout-v1.zip")
+    watch = ["--env", ENV, "-f", "logs", "--exp-id", "1", "-n", "60", "--no-render"]
+    trained, continued, watched, _ = commands(
+        ["train.py", *options, *written, "--save-replay-buffer", "-params", *TINY, POLICY_KWARGS],
+        ["train.py", *options, "--eval-freq", "-1", "-i", agent, "-params", *TINY],
+        ["enjoy.py", *watch, "--stochastic"],
+        ["enjoy.py", "--record-video", *watch],
+        folder=tmp_path,
+    )
+    assert f"Loading hyperparameters from: {BENCHMARKS / 'hyperparams' / 'iris.yml'}" in trained
     for name in ("MinAtar-Breakout-v1.zip", "best_model.zip", "rl_model_40_steps.zip", "rl_model_80_steps.zip"):
         assert (folder / name).is_file()
     assert np.load(folder / "evaluations.npz")["results"].shape == (2, 2)
@@ -64,17 +89,12 @@ def test_train_continue_and_enjoy(tmp_path: Path) -> None:
     assert data is not None
     assert data["num_timesteps"] == 80 and data["policy_kwargs"]["codebook_size"] == 16 and data["seed"] == 1
 
-    agent = str(folder / "MinAtar-Breakout-v1.zip")
-    out = command("train.py", *options, "--eval-freq", "-1", "-i", agent, "-params", *TINY, folder=tmp_path)
-    assert "Loading pretrained agent" in out and "Loading replay buffer" in out
+    assert "Loading pretrained agent" in continued and "Loading replay buffer" in continued
     again, _, _ = load_from_zip_file(tmp_path / "logs" / "iris" / "MinAtar-Breakout-v1_2" / "MinAtar-Breakout-v1.zip")
     assert again is not None
     assert again["_n_updates"] > data["_n_updates"]
 
-    watch = ["--env", ENV, "-f", "logs", "--exp-id", "1", "-n", "60", "--no-render"]
-    out = command("enjoy.py", *watch, "--stochastic", folder=tmp_path)
-    assert "Mean reward" in out
-    command("enjoy.py", "--record-video", *watch, folder=tmp_path)
+    assert "Mean reward" in watched
     assert (folder / "videos" / "final-model-iris-MinAtar-Breakout-v1-step-0-to-step-60.mp4").stat().st_size > 0
 
 
@@ -82,12 +102,18 @@ def test_optimize(tmp_path: Path) -> None:
     """A search with two trials, and a training with what the second one tried."""
     study = ["--env", ENV, "-n", "60", "--storage", "study.log", "--study-name", "study"]
     search = ["-optimize", "--n-trials", "2", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
-    out = command("train.py", *study, *search, "-params", *TINY, POLICY_KWARGS, folder=tmp_path)
-    assert "Number of finished trials:  2" in out and "Best trial:" in out
-    out = command("train.py", *study, "--trial-id", "1", "--eval-freq", "-1", "-params", *TINY, POLICY_KWARGS, folder=tmp_path)
+    searched, _ = commands(
+        ["train.py", *study, *search, "--optimization-log-path", "trials", "-params", *TINY, POLICY_KWARGS],
+        ["train.py", *study, "--trial-id", "1", "--eval-freq", "-1", "-params", *TINY, POLICY_KWARGS],
+        folder=tmp_path,
+    )
+    assert "Number of finished trials:  2" in searched and "Best trial:" in searched
+    trial, _, _ = load_from_zip_file(tmp_path / "trials" / "trial_1" / "best_model.zip")
+    assert trial is not None and trial["final_training_epochs"] == 0  # nothing is trained that is not evaluated
     data, _, _ = load_from_zip_file(tmp_path / "logs" / "iris" / "MinAtar-Breakout-v1_2" / "MinAtar-Breakout-v1.zip")
     assert data is not None
     assert 0.9 <= data["gamma"] <= 0.997 and data["gamma"] != 0.97
+    assert data["final_training_epochs"] == 1  # only the search does without
     assert 0.7 <= data["gae_lambda"] <= 0.99 and 3e-5 <= data["learning_rate"](1.0) <= 3e-3
 
 
@@ -119,8 +145,10 @@ def test_atari_preprocessing(tmp_path: Path, env: str, given: int | None) -> Non
         [sys.executable, "check.py", str(BENCHMARKS.parent), "--algo", "iris", "--env", env, *options, *kwargs, *params],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     seen = {line for line in result.stdout.splitlines() if line.startswith("ENV")}
