@@ -10,6 +10,9 @@ STAMP = $(VENV)/.installed
 PACKAGES = sb3_iris benchmarks tests
 LINT_PATHS = $(PACKAGES) setup.py
 
+# The networks in the tests are so small that more threads, in processes started by tests too, would only wait for each other
+test test-slow: export OMP_NUM_THREADS = 1
+
 .DEFAULT_GOAL = help
 .PHONY: help venv demo test test-slow type lint format check-codestyle commit-checks clean
 

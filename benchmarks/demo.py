@@ -123,7 +123,7 @@ def main() -> None:
         verbose=0,
     )
     model.learn(n_timesteps, callback=evaluation, progress_bar=True)
-    model.save(folder / "iris_demo")
+    model.save(folder / "iris_demo", include=["replay_buffer"])  # the learned game starts from its frames
 
     after, _ = evaluate_policy(model, eval_env, N_EVAL_EPISODES, deterministic=False, return_episode_rewards=True)
     returns = np.array(after)
