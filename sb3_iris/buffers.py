@@ -13,8 +13,8 @@ What belongs together, for one environment whose episode ends with step 2::
 Vectorised environments reset by themselves, so the frame after an episode's last action is not stored.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch as th
@@ -22,11 +22,15 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_iris.archive import ArrayFile, write_arrays
 from sb3_iris.type_aliases import SequenceSamples, TokenSamples
+from sb3_iris.validation import check_memory
 
 Encode = Callable[[np.ndarray], th.Tensor]
 
 ENCODED_TOGETHER = 256  # frames; bounds the memory that encoding takes
+BLOCK_STEPS = 1_000  # in a block of frames in a file; bounds the memory that reading and writing take
+OUTCOMES = {"actions": np.int64, "rewards": np.float32, "terminations": bool, "truncations": bool, "episode_starts": bool}
 
 
 class SequenceReplayBuffer(BaseBuffer):
@@ -41,9 +45,10 @@ class SequenceReplayBuffer(BaseBuffer):
     :param action_space: Discrete actions.
     :param device: Where samples go.
     :param n_envs: Number of environments.
+    :raises ValueError: If a full buffer would not fit into the machine's memory.
     """
 
-    _arrays = ("observations", "actions", "rewards", "terminations", "truncations", "episode_starts")
+    _arrays = ("observations", *OUTCOMES)
 
     def __init__(
         self,
@@ -57,18 +62,24 @@ class SequenceReplayBuffer(BaseBuffer):
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.n_actions = int(action_space.n)
         shape = (self.buffer_size, n_envs)
+        bytes_per_step = int(np.prod(self.obs_shape)) + sum(np.dtype(dtype).itemsize for dtype in OUTCOMES.values())
+        check_memory(buffer_size, self.buffer_size * n_envs * bytes_per_step)
         self.observations = np.zeros((*shape, *self.obs_shape), dtype=np.uint8)
         self.actions = np.zeros(shape, dtype=np.int64)
         self.rewards = np.zeros(shape, dtype=np.float32)
         self.terminations = np.zeros(shape, dtype=bool)
         self.truncations = np.zeros(shape, dtype=bool)
         self.episode_starts = np.zeros(shape, dtype=bool)
+        self.n_added = 0  # steps of each environment since the last reset; step i lies in row i % buffer_size
+        self.stored: Any = None  # what a checkpoint folder already has of the frames, see `checkpoints.py`
         self._episodes: np.ndarray | None = None  # (episodes, 3) int64, see `episodes`; None once it is out of date
         self._tokens: np.ndarray | None = None  # (buffer_size, N, K) int32, -1 where a frame has not been encoded
 
     def reset(self) -> None:
         """Forget all steps."""
         super().reset()
+        self.n_added = 0
+        self.stored = None
         self._episodes = None
         self._tokens = None
 
@@ -100,10 +111,12 @@ class SequenceReplayBuffer(BaseBuffer):
         self._episodes = None
         if self._tokens is not None:
             self._tokens[self.pos] = -1
-        self.pos += 1
-        if self.pos == self.buffer_size:
-            self.full = True
-            self.pos = 0
+        self._set_n_added(self.n_added + 1)
+
+    def _set_n_added(self, n_added: int) -> None:
+        self.n_added = n_added
+        self.pos = n_added % self.buffer_size
+        self.full = n_added >= self.buffer_size
 
     @property
     def episodes(self) -> np.ndarray:
@@ -221,6 +234,101 @@ class SequenceReplayBuffer(BaseBuffer):
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> Any:
         raise NotImplementedError("Segments are sampled with sample(), single transitions are not")
+
+    # --- Files -----------------------------------------------------------------------------------------------------------
+
+    def frames_block(self, first: int, last: int) -> np.ndarray:
+        """
+        Frames in the form in which files have them: each environment's after another, as differences to the frame before,
+        since most pixels of a game do not change from one step to the next.
+
+        :param first: First step, counted from the last reset.
+        :param last: Step behind the last one.
+        :return: (N, T, C, H, W) uint8
+        """
+        frames = self.observations[np.arange(first, last) % self.buffer_size].swapaxes(0, 1).copy()
+        frames[:, 1:] ^= frames[:, :-1]  # NumPy sees that they overlap
+        return frames
+
+    def fill_frames(self, block: np.ndarray, first: int) -> None:
+        """
+        The other way round.
+
+        :param block: What ``frames_block`` gave.
+        :param first: First step to fill.
+        """
+        frames = np.bitwise_xor.accumulate(block, axis=1).swapaxes(0, 1)
+        self.observations[np.arange(first, first + len(frames)) % self.buffer_size] = frames
+
+    def outcomes(self) -> dict[str, np.ndarray]:
+        """
+        :return: All but the frames, by name, (steps, N) each, oldest step first.
+        """
+        return {name: self._in_order(getattr(self, name)) for name in OUTCOMES}
+
+    def fill_outcomes(self, file: ArrayFile, n_added: int, n_steps: int) -> None:
+        """
+        :param file: File with what ``outcomes`` gave.
+        :param n_added: Steps added to that buffer since its last reset.
+        :param n_steps: Steps that were in it.
+        :raises ValueError: If the file holds other arrays, or what no environment gives. The buffer is then half filled.
+        """
+        rows = np.arange(n_added - n_steps, n_added) % self.buffer_size
+        for name, dtype in OUTCOMES.items():
+            getattr(self, name)[rows] = file.read(name, dtype, (n_steps, self.n_envs))
+        if n_steps and not (0 <= self.actions[rows].min() and self.actions[rows].max() < self.n_actions):
+            raise ValueError(f"it has actions that are none of the {self.n_actions} of env")
+        if not np.isfinite(self.rewards[rows]).all():
+            raise ValueError("it has rewards that are not finite")
+        self._set_n_added(n_added)
+        self._episodes = self._tokens = None
+
+    def blocks(self, first: int) -> Iterator[tuple[int, int]]:
+        """
+        :param first: First step, counted from the last reset.
+        :return: First and last steps, the last excluded, of blocks from there to the newest step.
+        """
+        for begin in range(first, self.n_added, BLOCK_STEPS):
+            yield begin, min(begin + BLOCK_STEPS, self.n_added)
+
+    def save(self, file: Any) -> None:
+        """
+        :param file: File object open for writing bytes.
+        """
+
+        def arrays() -> Iterator[tuple[str, np.ndarray]]:
+            about = [self.n_envs, self.n_actions, *self.obs_shape, self.buffer_size, self.n_added, self.size()]
+            yield "about", np.array(about, dtype=np.int64)
+            yield from self.outcomes().items()
+            for begin, end in self.blocks(self.n_added - self.size()):
+                yield f"frames_{begin}", self.frames_block(begin, end)
+
+        write_arrays(file, arrays())
+
+    def load(self, file: BinaryIO) -> "SequenceReplayBuffer":
+        """
+        :param file: File object open for reading bytes, with what ``save`` wrote.
+        :return: A buffer like this one, with the size and the steps of that one.
+        :raises ValueError: If it is another file, or one of other images, actions or number of environments.
+        """
+        arrays = ArrayFile(file)
+        n_envs, n_actions, *shape, buffer_size, n_added, n_steps = arrays.read("about", np.int64, (8,)).tolist()
+        ours, theirs = (self.n_envs, self.obs_shape, self.n_actions), (n_envs, tuple(shape), n_actions)
+        if ours != theirs:
+            raise ValueError(
+                f"it holds steps of (n_envs, image shape, actions) = {theirs}, but this model has {ours}: load it into a "
+                "model with the same environments and image_size"
+            )
+        if not (1 <= buffer_size and 0 <= n_steps == min(n_added, buffer_size)):
+            raise ValueError(f"it says that it has {n_steps} of {n_added} steps in a buffer of {buffer_size}")
+        loaded = SequenceReplayBuffer(
+            buffer_size * n_envs, self.observation_space, self.action_space, self.device, n_envs  # type: ignore[arg-type]
+        )
+        loaded.fill_outcomes(arrays, n_added, n_steps)
+        for begin, end in loaded.blocks(n_added - n_steps):
+            block_shape = (n_envs, end - begin, *self.obs_shape)
+            loaded.fill_frames(arrays.read(f"frames_{begin}", np.uint8, block_shape), begin)
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle only what is filled, so that a file is as large as what it holds."""

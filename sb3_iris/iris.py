@@ -1,23 +1,18 @@
 """IRIS as a Stable-Baselines3 algorithm: it plays, and it trains what plays."""
 
-import io
 import math
-import pathlib
-import pickle
 import time
 import warnings
-import zipfile
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_pkl, open_path, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 from torch import nn
@@ -26,12 +21,15 @@ from tqdm import tqdm
 from sb3_iris import atari_wrappers  # noqa: F401  (registers ale-py's games, so that their names can be given as env)
 from sb3_iris.actor_critic import actor_critic_loss, sample_categorical
 from sb3_iris.buffers import SequenceReplayBuffer
+from sb3_iris.checkpoint_callback import RunCheckpointCallback
+from sb3_iris.checkpoints import FolderLock, LearnProgress
 from sb3_iris.imagination import ImaginedGame, imagine
 from sb3_iris.perceptual_loss import make_perceptual_loss
 from sb3_iris.policies import CnnLstmPolicy
 from sb3_iris.projection import projected_days
-from sb3_iris.reference_checkpoint import read_reference_checkpoint
+from sb3_iris.saving import SavingAlgorithm, tuples_to_lists
 from sb3_iris.tokenizer import PerceptualLoss
+from sb3_iris.training_health import CollapseWarnings, check_finite
 from sb3_iris.type_aliases import NETWORKS, Logs, LSTMState
 from sb3_iris.validation import check_hyperparameters, check_policy_kwargs, check_spaces
 from sb3_iris.world_model_env import WorldModelVecEnv
@@ -39,7 +37,7 @@ from sb3_iris.world_model_env import WorldModelVecEnv
 SelfIRIS = TypeVar("SelfIRIS", bound="IRIS")
 
 
-class IRIS(BaseAlgorithm):
+class IRIS(SavingAlgorithm):
     """
     IRIS: "Transformers are Sample-Efficient World Models" (ICLR 2023), https://arxiv.org/abs/2209.00588
 
@@ -143,7 +141,7 @@ class IRIS(BaseAlgorithm):
             policy,
             env,
             learning_rate,
-            policy_kwargs=_tuples_to_lists(policy_kwargs or {}),
+            policy_kwargs=tuples_to_lists(policy_kwargs or {}),
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -178,6 +176,11 @@ class IRIS(BaseAlgorithm):
         self.perceptual_loss = perceptual_loss
         self.ignore_after_end = ignore_after_end
         self._progress_bar: tqdm | None = None
+        self._learn_progress: LearnProgress | None = None
+        self._resumed = False  # whether the next call of `learn` goes on with the one that a checkpoint was written in
+        self._checkpoint_lock: FolderLock | None = None
+        self._run_checkpoints: list[RunCheckpointCallback] = []  # those of the running call of `learn`
+        self._collapse_warnings = CollapseWarnings()
         if _init_setup_model:
             self._setup_model()
 
@@ -192,17 +195,8 @@ class IRIS(BaseAlgorithm):
         if not (isinstance(self.policy_class, type) and issubclass(self.policy_class, CnnLstmPolicy)):
             raise ValueError(f"policy={self.policy_class!r} must be 'CnnPolicy' or a subclass of CnnLstmPolicy")
         check_policy_kwargs(self.policy_class, self.policy_kwargs)
-        self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        self.policy = self.policy_class(  # type: ignore[assignment]
-            self.observation_space,
-            self.action_space,
-            self.lr_schedule,
-            sequence_length=self.sequence_length,
-            weight_decay=self.world_model_weight_decay,
-            eval_temperature=self.eval_temperature,
-            **self.policy_kwargs,
-        ).to(self.device)
+        self.policy = self._make_policy().to(self.device)
         saved = getattr(self, "replay_buffer", None)  # only when loading, after `save(..., include=["replay_buffer"])`
         if saved is not None and saved.n_envs == self.n_envs:
             saved.device = self.device
@@ -211,6 +205,18 @@ class IRIS(BaseAlgorithm):
                 self.buffer_size, self.policy.image_space, self.action_space, self.device, n_envs=self.n_envs
             )
         self._perceptual_loss = make_perceptual_loss(self.perceptual_loss, self.policy.image_space.shape, self.device)
+
+    def _make_policy(self) -> CnnLstmPolicy:
+        self._setup_lr_schedule()
+        return self.policy_class(  # type: ignore[return-value]
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            sequence_length=self.sequence_length,
+            weight_decay=self.world_model_weight_decay,
+            eval_temperature=self.eval_temperature,
+            **self.policy_kwargs,
+        )
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -313,6 +319,7 @@ class IRIS(BaseAlgorithm):
             optimizer.step()
             history.append(logs)
         network.eval()
+        check_finite(name, history, self.num_timesteps)
         self._n_updates += n_steps
         for key in history[0]:
             self.logger.record(f"{name}/{key}", th.stack([logs[key] for logs in history]).mean().item())
@@ -349,6 +356,9 @@ class IRIS(BaseAlgorithm):
         """
         Play ``total_timesteps`` env steps with training phases in between, and ``final_training_epochs`` more behind.
 
+        After ``resume``, the first call goes on with the call that the checkpoint was written in, so a script that is started
+        again says the same as before. With ``reset_num_timesteps=False`` it is a call of its own instead.
+
         :param total_timesteps: Env steps to take, over all environments; rounded up to a multiple of their number.
         :param callback: Called once per step of all environments, and around each collection.
         :param log_interval: Epochs (a collection and its training phase) between two logs; None for no logs.
@@ -357,6 +367,7 @@ class IRIS(BaseAlgorithm):
         :param progress_bar: Show a bar of the env steps and one of each training phase.
         :return: The model itself.
         :raises ValueError: If an argument does not fit, or the model was loaded without an environment.
+        :raises FloatingPointError: If a loss or a gradient is not finite. The networks are then spoilt.
         """
         if self.env is None:
             raise ValueError("env=None: the model was loaded without an environment, give it one with set_env()")
@@ -365,12 +376,26 @@ class IRIS(BaseAlgorithm):
         if log_interval is not None and not (isinstance(log_interval, int | np.integer) and log_interval >= 1):
             raise ValueError(f"log_interval={log_interval!r} must be a whole number of at least 1, or None for no logs")
         total_timesteps = math.ceil(total_timesteps)  # 1e5 is welcome
+        progress = self._learn_progress if self._resumed and reset_num_timesteps else None
+        if progress is not None:
+            if total_timesteps != progress.last_step - progress.first_step:
+                raise ValueError(
+                    f"total_timesteps={total_timesteps}, but the checkpoint was written in a call of "
+                    f"learn({progress.last_step - progress.first_step}): give the same again to go on with it, or "
+                    "reset_num_timesteps=False for so many steps from here on"
+                )
+            total_timesteps, reset_num_timesteps = max(progress.last_step - self.num_timesteps, 0), False
+        self._run_checkpoints = []
         total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name)
         if self.device.type == "cpu" and (days := projected_days(self)) > 1:
             warnings.warn(
                 f"A run of the paper's length, 100,000 steps, would take about {days:.0f} days on this CPU at these settings. "
                 "Use a GPU, or the small settings that the README gives under 'On a laptop'."
             )
+        if progress is None:
+            final_epochs = self.final_training_epochs if self.num_timesteps < total_timesteps else 0
+            progress = LearnProgress(self.num_timesteps, total_timesteps, final_epochs, final_epochs)
+        self._learn_progress, self._resumed = progress, False
         # The networks may have been changed from outside since the last call, or a training phase of it interrupted
         self.replay_buffer.forget_tokens()
         self.policy.set_training_mode(False)
@@ -380,33 +405,41 @@ class IRIS(BaseAlgorithm):
             )
         try:
             callback.on_training_start(locals(), globals())
-            self._learn(total_timesteps, callback, log_interval)
+            self._learn(progress, callback, log_interval)
             callback.on_training_end()
         finally:
+            for checkpoints in self._run_checkpoints:
+                checkpoints.leave()
             if self._progress_bar is not None:
                 self._progress_bar.close()
                 self._progress_bar = None
         return self
 
-    def _learn(self, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
-        """All epochs of a call of ``learn``, the final training phases included."""
-        final_epochs = self.final_training_epochs if self.num_timesteps < total_timesteps else 0
+    def _learn(self, at: LearnProgress, callback: BaseCallback, log_interval: int | None) -> None:
+        """All epochs of a call of ``learn``, the final training phases included, from wherever it is."""
         # Schedules run to the end of the final training phases, each of which counts like the steps of an epoch
-        progress_at_end = total_timesteps + final_epochs * self.train_freq
-        epoch = 0
-        while self.num_timesteps < total_timesteps or final_epochs > 0:
-            if self.num_timesteps < total_timesteps:
-                if not self.collect_rollouts(callback, min(self.train_freq, total_timesteps - self.num_timesteps)):
+        progress_at_end = at.last_step + at.final_epochs * self.train_freq
+        while self.num_timesteps < at.last_step or at.epoch_end is not None or at.final_epochs_left > 0:
+            is_final = self.num_timesteps >= at.last_step and at.epoch_end is None
+            if is_final:
+                progress = progress_at_end - (at.final_epochs_left - 1) * self.train_freq
+            else:
+                if at.epoch_end is None:
+                    at.epoch_end = min(self.num_timesteps + self.train_freq, at.last_step)
+                n_steps = at.epoch_end - self.num_timesteps  # none if only the training phase of the epoch is still to do
+                if n_steps > 0 and not self.collect_rollouts(callback, n_steps):
                     break
                 progress = self.num_timesteps
-            else:
-                final_epochs -= 1
-                progress = progress_at_end - final_epochs * self.train_freq
             self._update_current_progress_remaining(progress, progress_at_end)
             self.train()
-            epoch += 1
-            if log_interval is not None and epoch % log_interval == 0:
+            self._collapse_warnings.look(self.logger.name_to_value, self.action_space)
+            at.epoch_end = None
+            at.final_epochs_left -= is_final
+            at.epochs += 1
+            if log_interval is not None and at.epochs % log_interval == 0:
                 self.dump_logs()
+            for checkpoints in self._run_checkpoints:
+                checkpoints.on_epoch_end()
 
     def dump_logs(self) -> None:
         """Write what was logged since the last time to all outputs of the logger."""
@@ -433,113 +466,3 @@ class IRIS(BaseAlgorithm):
         :return: The games, on the model's device.
         """
         return WorldModelVecEnv(self, n_envs, **kwargs)
-
-    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        """
-        Save the replay buffer as a pickle file.
-
-        :param path: File to write, ``.pkl`` is added if it has no suffix, or a file object.
-        """
-        save_to_pkl(path, self.replay_buffer, self.verbose)
-
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        """
-        Load a replay buffer from a pickle file. The next call of ``learn`` begins a new episode.
-
-        :param path: File or file object from ``save_replay_buffer``. A pickle can run code: load only files you trust.
-        :raises ValueError: If it is no replay buffer of this algorithm, or one of other images or number of environments.
-        """
-        try:
-            replay_buffer = load_from_pkl(path, self.verbose)
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError) as error:
-            raise ValueError(f"path={path!r} is not a file saved by save_replay_buffer: {error!r}") from error
-        if not isinstance(replay_buffer, SequenceReplayBuffer):
-            raise ValueError(f"path={path!r} holds a {type(replay_buffer).__name__}, not a replay buffer saved by IRIS")
-        ours, theirs = ((buffer.n_envs, buffer.obs_shape, buffer.n_actions) for buffer in (self.replay_buffer, replay_buffer))
-        if ours != theirs:
-            raise ValueError(
-                f"path={path!r} holds a replay buffer of (n_envs, image shape, actions) = {theirs}, but this model has "
-                f"{ours}: load it into a model with the same environments and image_size"
-            )
-        replay_buffer.device = self.device
-        self.replay_buffer = replay_buffer
-        self._last_obs = None  # the steps to come do not follow those in the file
-
-    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
-        """As in ``BaseAlgorithm``."""
-        super().set_parameters(*args, **kwargs)
-        self.replay_buffer.forget_tokens()
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_perceptual_loss", "_progress_bar"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", *(f"policy.{name}_optimizer" for name in NETWORKS)], []
-
-    @classmethod
-    def load(  # type: ignore[override]
-        cls: type[SelfIRIS],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfIRIS:
-        """
-        Load a model saved with ``save``; see ``BaseAlgorithm.load``.
-
-        :raises ValueError: If the file was not saved by this algorithm.
-        """
-        file = open_path(path, "r", verbose=0, suffix="zip")
-        try:
-            names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
-            file.seek(0)
-        finally:
-            if file is not path:
-                file.close()
-        if not {f"policy.{name}_optimizer.pth" for name in NETWORKS} <= set(names):
-            raise ValueError(
-                f"path={path!r} was not saved by IRIS: its optimizers are not in it. Load it with the class that saved it, "
-                "or with IRIS.load_reference_checkpoint if it comes from the authors' program"
-            )
-        if "policy_kwargs" in kwargs:
-            kwargs["policy_kwargs"] = _tuples_to_lists(kwargs["policy_kwargs"] or {})
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-    @classmethod
-    def load_reference_checkpoint(
-        cls: type[SelfIRIS], path: str | pathlib.Path | BinaryIO, env: GymEnv | str, **kwargs: Any
-    ) -> SelfIRIS:
-        """
-        Make a model from a checkpoint of the paper's authors' program, to play with or to train on.
-
-        Sizes are read off the file. Attention heads leave no trace in it: if there are other than the paper's four, give
-        ``policy_kwargs=dict(n_heads=...)``.
-
-        :param path: Their file, a PyTorch state dict; it is read without running any code in it.
-        :param env: Environment with the actions that the checkpoint was trained with, see ``make_atari_env``.
-        :param kwargs: Further arguments of the constructor.
-        :return: The model.
-        :raises ValueError: If the file is no such checkpoint, or does not fit the environment or ``kwargs``.
-        """
-        checkpoint = read_reference_checkpoint(path)
-        policy_kwargs = {**checkpoint.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {})}
-        kwargs = {"policy": "CnnPolicy", "sequence_length": checkpoint.sequence_length, **kwargs}
-        model = cls(env=env, policy_kwargs=policy_kwargs, **kwargs)
-        if model.replay_buffer.n_actions != checkpoint.n_actions:
-            raise ValueError(
-                f"path={path!r} is an agent of {checkpoint.n_actions} actions, but env has {model.action_space}: "
-                "give the environment that it was trained on"
-            )
-        try:
-            model.policy.load_state_dict(checkpoint.state_dict)
-        except RuntimeError as error:
-            raise ValueError(f"path={path!r} does not fit env or policy_kwargs={policy_kwargs}: {error}") from error
-        return model
-
-
-def _tuples_to_lists(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Saved tuples come back as lists; lists from the start compare equal to what is loaded."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in policy_kwargs.items()}

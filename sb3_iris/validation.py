@@ -1,10 +1,13 @@
 """Bad input, refused before any training: each error names the argument, its value and the way out."""
 
+import contextlib
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +28,51 @@ def check_positive(**sizes: Any) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_memory(buffer_size: int, n_bytes: int) -> None:
+    """
+    :param buffer_size: Size of a replay buffer in steps.
+    :param n_bytes: Memory that it takes when it is full.
+    :raises ValueError: If the machine, or the share of it that this process may use, has less.
+    """
+    in_all, available = machine_memory()
+    if n_bytes > in_all:
+        raise ValueError(
+            f"buffer_size={buffer_size} takes {n_bytes / 1e9:.2f} GB of memory when it is full, but this machine has "
+            f"{in_all / 1e9:.2f} GB: make it at most {int(buffer_size * in_all / n_bytes)}, or image_size smaller"
+        )
+    if n_bytes > available:
+        warnings.warn(
+            f"buffer_size={buffer_size} takes {n_bytes / 1e9:.2f} GB of memory when it is full, of which "
+            f"{available / 1e9:.2f} GB are free now: other programs may have to go"
+        )
+
+
+def machine_memory() -> tuple[float, float]:
+    """
+    :return: Bytes of memory that this process can have, by what the machine and its control groups (containers, batch
+        jobs) allow, and those of them that are free; infinity where the system does not say.
+    """
+    try:
+        in_all = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        in_all = math.inf
+    available = math.inf
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
+    groups = ["0::/", "0:memory:/"]  # the groups' own roots, which is all that a container sees of them
+    with contextlib.suppress(OSError):
+        groups += Path("/proc/self/cgroup").read_text().splitlines()
+    for group in groups:
+        _, _, kind_and_path = group.partition(":")
+        kind, _, path = kind_and_path.partition(":")
+        name = {"": f"{path}/memory.max", "memory": f"memory{path}/memory.limit_in_bytes"}.get(kind)
+        if name is not None:
+            with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+                in_all = min(in_all, float(int((Path("/sys/fs/cgroup") / name.lstrip("/")).read_text())))
+    return in_all, min(in_all, available)
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
