@@ -188,6 +188,7 @@ def kills(args: argparse.Namespace) -> int:
             process.start()
             return process
 
+        IRIS("CnnPolicy", make_vec_env(ClockEnv), device="cpu", **SETTINGS)  # what is imported late is imported here
         whole = Path(root) / "whole"
         whole.mkdir()
         process = start(whole)
@@ -334,7 +335,7 @@ def main() -> int:
     command = commands.add_parser("kills", help="SIGKILL at random moments")
     command.add_argument("--kills", type=int, default=60, help="at least so many (default: 60)")
     command.add_argument("--steps", type=int, default=400, help="env steps of a run (default: 400)")
-    command.add_argument("--seconds", type=float, default=1.5, help="longest time between two kills (default: 1.5)")
+    command.add_argument("--seconds", type=float, default=1.0, help="longest time between two kills (default: 1)")
     command.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     command.set_defaults(function=kills)
     command = commands.add_parser("frames", help="checkpoints with real frames")

@@ -257,7 +257,9 @@ class SequenceReplayBuffer(BaseBuffer):
         :param block: What ``frames_block`` gave.
         :param first: First step to fill.
         """
-        frames = np.bitwise_xor.accumulate(block, axis=1).swapaxes(0, 1)
+        frames = block.swapaxes(0, 1).copy()
+        for t in range(1, len(frames)):  # several times as fast as np.bitwise_xor.accumulate
+            frames[t] ^= frames[t - 1]
         self.observations[np.arange(first, first + len(frames)) % self.buffer_size] = frames
 
     def outcomes(self) -> dict[str, np.ndarray]:

@@ -4,7 +4,9 @@ Reads checkpoints of the paper's authors' program: names and shapes only, transl
 Such a file is a PyTorch state dict of tensors, read with ``weights_only=True``: no code in it can run.
 """
 
+import io
 import pathlib
+import zipfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -32,14 +34,23 @@ def read_reference_checkpoint(path: str | pathlib.Path | BinaryIO) -> ReferenceC
     :return: Sizes and weights.
     :raises ValueError: If the file is not such a checkpoint.
     """
+    file: Any = path if hasattr(path, "read") else open(path, "rb")
     try:
-        reference = th.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # no such file, or not to be read
-        raise
+        n_bytes = _check_archive(file)
+        reference = th.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no pickle, or half of one, fails in many ways
         raise ValueError(f"path={path!r} is not a PyTorch file of tensors: {error}") from error
+    finally:
+        if file is not path:
+            file.close()
     if not isinstance(reference, dict) or not all(isinstance(value, th.Tensor) for value in reference.values()):
         raise ValueError(f"path={path!r} holds no state dict of tensors, so it is no checkpoint of the authors' program")
+    if any(
+        value.layout != th.strided or not value.is_contiguous() or value.device.type != "cpu" for value in reference.values()
+    ):
+        raise ValueError(f"path={path!r} has tensors that are not simply written out, so it is no checkpoint of that program")
+    if sum(value.nbytes for value in reference.values()) > 2 * n_bytes:  # one stretch of memory may be many tensors
+        raise ValueError(f"path={path!r} has tensors that share their memory, so it is no checkpoint of that program")
     reference = {str(name): value for name, value in reference.items() if not str(name).startswith("tokenizer.lpips.")}
     try:
         return _translate(reference)
@@ -49,12 +60,29 @@ def read_reference_checkpoint(path: str | pathlib.Path | BinaryIO) -> ReferenceC
         ) from error
 
 
+def _check_archive(file: BinaryIO) -> int:
+    """Its size, once it is known that a zip file among them is whole and unpacks to no more than itself."""
+    begin = file.tell()
+    n_bytes = file.seek(0, io.SEEK_END) - begin
+    file.seek(begin)
+    if zipfile.is_zipfile(file):
+        archive = zipfile.ZipFile(file)
+        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > n_bytes for info in archive.infolist()):
+            raise ValueError("parts of it are compressed, as PyTorch's never are")
+        if archive.testzip() is not None:
+            raise ValueError(f"its {archive.testzip()} is damaged")
+    file.seek(begin)
+    return n_bytes
+
+
 def _translate(reference: StateDict) -> ReferenceCheckpoint:
     def shape(name: str) -> th.Size:
         return reference[name].shape
 
     channels = shape("tokenizer.encoder.conv_in.weight")[0]
     n_levels = _count(reference, "tokenizer.encoder.down.")
+    if n_levels > 12:
+        raise ValueError(f"a tokenizer of {n_levels} levels")
     multipliers = [shape(f"tokenizer.encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(n_levels)]
     n_actions, embed_dim = shape("world_model.embedder.embedding_tables.0.weight")
     sequence_length = len(reference["world_model.head_rewards.indices"])

@@ -1,0 +1,156 @@
+"""Numbers that are not finite stop a run before a checkpoint holds them; a collapse is warned of once; memory is counted."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+
+from sb3_iris import IRIS, RunCheckpointCallback, validation
+from sb3_iris.buffers import SequenceReplayBuffer
+from sb3_iris.checkpoint_folder import find_checkpoints
+from tests.presets import NETWORKS, FrameEnv, GradientSteps, frame_envs, parameters, tiny
+
+
+def poison(model: IRIS, network: str, at: int, with_gradient_only: bool = False) -> None:
+    """Spoil a network before its gradient step of this number, counted from 1 over the whole run."""
+    n_steps = 0
+    parameter = next(getattr(model.policy, network).parameters())
+
+    def before_backward(gradient: th.Tensor) -> th.Tensor:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == at:
+            return gradient * float("nan")
+        return gradient
+
+    if with_gradient_only:
+        parameter.register_hook(before_backward)
+    else:
+
+        def spoil(*_: object) -> None:
+            nonlocal n_steps
+            n_steps += 1
+            if n_steps == at - 1:
+                parameter.data.fill_(float("inf"))
+
+        getattr(model.policy, f"{network}_optimizer").register_step_post_hook(spoil)
+
+
+@pytest.mark.parametrize("with_gradient_only", [False, True])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_not_finite(tmp_path, network, with_gradient_only):
+    """The error names network, term and step; on disk is what was before. Gradient step 8 is the second of the third phase."""
+    model = tiny(FrameEnv(), **{f"{name}_gradient_steps": 3 for name in NETWORKS})
+    poison(model, network, 8, with_gradient_only)
+    term = "grad_norm" if with_gradient_only else r"\w+"
+    match = rf"^{network}: {term} is (nan|-?inf) at gradient step 2 of 3 in the training phase after 12 env steps"
+    with pytest.raises(FloatingPointError, match=match) as error:
+        model.learn(40, RunCheckpointCallback(4, tmp_path))
+    if not with_gradient_only:
+        assert f"{network}: grad_norm" not in str(error.value) and f"{network}: loss" not in str(error.value)
+    before = {path.name for path in tmp_path.rglob("*")}
+    with pytest.raises(FloatingPointError, match=rf"policy\.{network}.*is not finite"):
+        model.save_checkpoint(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*")} == before and len(find_checkpoints(tmp_path)) == 2
+    resumed = IRIS.resume(tmp_path, FrameEnv(), device="cpu")
+    assert resumed.num_timesteps == 12
+    assert all(th.isfinite(value).all() for value in parameters(resumed).values() if value.is_floating_point())
+    assert resumed.learn(40).num_timesteps == 40
+
+
+def test_finite_runs_are_left_alone():
+    """The checks neither draw nor change anything: as many gradient steps as ever."""
+    model = tiny(FrameEnv())
+    steps = GradientSteps(model)
+    model.learn(12)
+    assert len(steps.names) == 3 * (3 + 1)
+
+
+def test_dead_codebook_is_warned_of_once():
+    model = tiny(FrameEnv(), world_model_gradient_steps=0, actor_critic_gradient_steps=0)
+    model.policy.tokenizer.quantizer.codebook.data[1:] = 1e6  # nobody's nearest
+    with pytest.warns(UserWarning, match=r"The codebook is dead.*one code for everything.*robust_tokenizer=True") as caught:
+        model.learn(20)
+    assert sum("codebook" in str(warning.message) for warning in caught) == 1
+
+
+def test_policy_without_entropy_is_warned_of_once():
+    model = tiny(FrameEnv(), tokenizer_gradient_steps=0, world_model_gradient_steps=0)
+    model.policy.actor_critic.actor.bias.data[0] = 100.0
+    with pytest.warns(UserWarning, match=r"policy has no entropy left.*Raise ent_coef") as caught:
+        model.learn(20)
+    assert sum("entropy" in str(warning.message) for warning in caught) == 1
+
+
+def test_no_warning_without_reason():
+    model = tiny(FrameEnv(), policy_kwargs={"robust_tokenizer": True})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(codebook|entropy)")
+        model.learn(12)
+
+
+# --- Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_more_memory_than_the_machine_has():
+    in_all, _ = validation.machine_memory()
+    rows = int(in_all // (3 * 64 * 64)) + 1
+    with pytest.raises(
+        ValueError, match=rf"buffer_size={rows} takes [\d.]+ GB of memory.*this machine has [\d.]+ GB: make it at"
+    ):
+        tiny(FrameEnv(), buffer_size=rows, policy_kwargs={"image_size": 64})
+    tiny(FrameEnv(), buffer_size=rows // 1000, policy_kwargs={"image_size": 64})
+
+
+def test_share_of_the_machine(monkeypatch):
+    """What is free now is only warned of; several environments share the size."""
+    monkeypatch.setattr(validation, "machine_memory", lambda: (100_000.0, 50_000.0))
+    with pytest.warns(UserWarning, match=r"of which 0\.00 GB are free now"):
+        tiny(FrameEnv(), buffer_size=400)
+    with pytest.raises(ValueError, match="buffer_size=500"):
+        tiny(FrameEnv(), buffer_size=500)
+    with pytest.raises(ValueError, match="buffer_size=500"):
+        tiny(frame_envs(5), buffer_size=500)
+
+
+@pytest.mark.parametrize(
+    "groups, expected",
+    [
+        ({"proc": "0::/job", "job/memory.max": "5000000"}, 5e6),
+        ({"proc": "0::/job", "job/memory.max": "max"}, None),
+        ({"proc": "4:memory:/job", "memory/job/memory.limit_in_bytes": "6000000"}, 6e6),
+        ({"proc": "1:cpu:/", "memory.max": "7000000"}, 7e6),
+        ({"proc": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_limits_of_control_groups(tmp_path, monkeypatch, groups, expected):
+    """Containers and batch systems allow less than the machine has, in the files of either version of control groups."""
+
+    class Redirected(type(tmp_path)):  # type: ignore[misc]
+        def __new__(cls, *parts):
+            first = str(parts[0])
+            if first.startswith("/sys/fs/cgroup"):
+                parts = (str(tmp_path / "groups"), *parts[1:])
+            elif first == "/proc/self/cgroup":
+                parts = (str(tmp_path / "proc"),)
+            return type(tmp_path)(*parts)
+
+    for name, content in groups.items():
+        path = tmp_path / ("proc" if name == "proc" else f"groups/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    monkeypatch.setattr(validation, "Path", Redirected)
+    found, _ = validation.machine_memory()
+    without = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    assert found == (expected if expected is not None else without)
+
+
+def test_memory_of_the_papers_buffer():
+    """100,000 steps of 64x64 RGB: 1.3 GB in all, frames and everything beside them; the tokens are cached on top."""
+    buffer = SequenceReplayBuffer(100_000, spaces.Box(0, 255, (3, 64, 64), np.uint8), spaces.Discrete(6), "cpu")
+    arrays = [value for value in vars(buffer).values() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 6 and sum(array.nbytes for array in arrays) < 1.24e9
