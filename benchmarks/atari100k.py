@@ -29,6 +29,7 @@ over, submit it again: finished runs are skipped, the others go on.
 
 import argparse
 import json
+import shutil
 import sys
 import time
 import warnings
@@ -43,8 +44,9 @@ from stable_baselines3.common.logger import configure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import runs
-from sb3_iris import IRIS
+from sb3_iris import IRIS, RunCheckpointCallback
 from sb3_iris.atari_wrappers import make_atari_env
+from sb3_iris.checkpoint_folder import find_checkpoints
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "data" / "atari100k_published.json"
@@ -99,15 +101,25 @@ class Progress(BaseCallback):
     def __init__(self, run: runs.Run) -> None:
         super().__init__()
         self.run = run
+        self._began = time.monotonic()
+        self._before = run.data["seconds"]["training"]  # of the sessions before, with what they lost
+
+    def note(self) -> None:
+        """How far the run is, and how long it took."""
+        self.run.data["steps"] = self.model.num_timesteps
+        self.run.data["seconds"]["training"] = self._before + time.monotonic() - self._began
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
             if "episode" in info:
                 game = {"step": self.num_timesteps, "score": float(info["episode"]["r"]), "frames": int(info["episode"]["l"])}
                 self.run.data["training_games"].append(game)
-        self.run.data["steps"] = self.num_timesteps
+        self.note()
         self.run.save(at_most_every=10)
         return True
+
+    def _on_rollout_end(self) -> None:
+        self.run.save()  # before the checkpoint, which knows nothing of the games
 
 
 def play(run: runs.Run, device: str = "auto", checkpoint_every: int = 5_000) -> None:
@@ -121,8 +133,7 @@ def play(run: runs.Run, device: str = "auto", checkpoint_every: int = 5_000) -> 
     final = run.folder / "model.zip"
     if not final.exists():
         train(run, device, checkpoint_every)
-    for folder in run.folder.glob("checkpoint_*"):  # the model is final, so its replay buffer is not needed any more
-        runs.shutil.rmtree(folder)
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # the model is final
     evaluate(run, IRIS.load(final, device=device))
 
 
@@ -130,47 +141,24 @@ def train(run: runs.Run, device: str, checkpoint_every: int) -> None:
     """From the last checkpoint, if there is one, to ``model.zip``."""
     spec, data = run.spec, run.data
     env = make_atari_env(spec["game"], seed=spec["seed"] * SEED_STRIDE)
-    checkpoint = runs.latest_checkpoint(run)
-    if checkpoint is None:
-        state: dict[str, Any] = {"steps": 0, "final_epochs": 0, "training_games": [], "seconds": 0.0}
-        model = IRIS("CnnPolicy", env, seed=spec["seed"], device=device, verbose=1, **spec["config"])
+    checkpoints = run.folder / "checkpoints"
+    if find_checkpoints(checkpoints):
+        model = IRIS.resume(checkpoints, env, device=device)
     else:
-        state = json.loads((checkpoint / "state.json").read_text())
-        model = IRIS.load(checkpoint / "model.zip", env=env, device=device)
-        model.load_replay_buffer(checkpoint / "replay_buffer.pkl")
-        model.set_random_seed(spec["seed"] * SEED_STRIDE + 1 + state["steps"] + state["final_epochs"])  # not those once more
-    began = time.monotonic() - state["seconds"]
+        model = IRIS("CnnPolicy", env, seed=spec["seed"], device=device, verbose=1, **spec["config"])
+    steps = model.num_timesteps
     # What came after the checkpoint is played again
-    data.update(status="training", steps=state["steps"], training_games=state["training_games"], evaluation_games=[])
-    data["sessions"][-1]["from_step"] = state["steps"]
-    data["seconds"] = {"training": state["seconds"]}
+    data["training_games"] = [game for game in data.get("training_games", []) if game["step"] <= steps]
+    data.update(status="training", steps=steps, evaluation_games=[])
+    data["sessions"][-1]["from_step"] = steps
+    data.setdefault("seconds", {}).setdefault("training", 0.0)
     data["perceptual_loss"] = model._perceptual_loss is not None
     run.save()
-    log = f"step_{state['steps']:07d}_{state['final_epochs']:04d}_session_{len(data['sessions'])}"
+    log = f"step_{steps:07d}_session_{len(data['sessions'])}"
     model.set_logger(configure(str(run.folder / "logs" / log), ["stdout", "csv", "tensorboard"]))
-
-    def checkpointed() -> None:
-        state.update(steps=model.num_timesteps, training_games=data["training_games"], seconds=time.monotonic() - began)
-        data["seconds"]["training"] = state["seconds"]
-        name = f"{state['steps']:09d}_{state['final_epochs']:06d}"
-        runs.save_checkpoint(run, model, name, state)
-        run.save()
-
-    # `learn` in pieces, and its last training phases one by one, so that none is too long to lose
-    model.final_training_epochs = 0
-    while model.num_timesteps < spec["steps"]:
-        piece = min(checkpoint_every, spec["steps"] - model.num_timesteps)
-        model.learn(piece, callback=Progress(run), reset_num_timesteps=False)
-        checkpointed()
-    every = max(checkpoint_every // spec["config"]["train_freq"], 1)
-    while state["final_epochs"] < spec["config"]["final_training_epochs"]:
-        model.train()
-        model.dump_logs()
-        state["final_epochs"] += 1
-        if state["final_epochs"] % every == 0:
-            checkpointed()
-    data["seconds"]["training"] = time.monotonic() - began
-    model.final_training_epochs = spec["config"]["final_training_epochs"]
+    progress = Progress(run)
+    model.learn(spec["steps"], [progress, RunCheckpointCallback(checkpoint_every, checkpoints, verbose=1)])
+    progress.note()
     model.save(run.folder / ".model.zip")
     data["status"] = "evaluating"
     run.save()

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import platform
-import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,11 +34,11 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = "sb3_iris run 1"
 PACKAGES = ("sb3_iris", "torch", "numpy", "gymnasium", "ale-py", "stable_baselines3", "sb3_contrib", "lpips", "minatar")
+ASKED_TO_STOP = 128 + signal.SIGTERM  # exit status of a worker that wrote a last checkpoint first
 RAY_SECONDS = 60  # for a cluster to answer
 LOCK_SECONDS = 120  # a file system in the network may take a while to notice that a machine is gone (NFS: 90 seconds)
 
@@ -210,35 +210,6 @@ def _n_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def save_checkpoint(run: Run, model: BaseAlgorithm, name: str, state: dict[str, Any]) -> None:
-    """
-    Save all that a run needs to go on from here. The checkpoint before goes only once this one is whole.
-
-    :param run: The run.
-    :param model: Its model, with a replay buffer.
-    :param name: A name that sorts after those of the checkpoints before.
-    :param state: What else belongs to this moment.
-    """
-    temporary = run.folder / ".checkpoint"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    model.save(temporary / "model.zip")
-    model.save_replay_buffer(temporary / "replay_buffer.pkl")  # type: ignore[attr-defined]
-    write_json(temporary / "state.json", state)
-    earlier = list(run.folder.glob("checkpoint_*"))
-    os.replace(temporary, run.folder / f"checkpoint_{name}")
-    for folder in earlier:
-        shutil.rmtree(folder)
-
-
-def latest_checkpoint(run: Run) -> Path | None:
-    """
-    :param run: The run.
-    :return: Folder of its last whole checkpoint, None if there is none.
-    """
-    return max(run.folder.glob("checkpoint_*"), default=None)
-
-
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """
@@ -405,7 +376,9 @@ def _on_this_machine(
                 del working[slot]
                 if read(folder)["status"] == "done":
                     continue  # whatever happened to the process after that
-                if status < 0 and retries > 0:  # killed, say for memory: its checkpoint is there to go on from
+                if (
+                    status < 0 or status == ASKED_TO_STOP
+                ) and retries > 0:  # killed, say for memory: its checkpoint is there to go on from
                     waiting.insert(0, (folder, retries - 1))
                 elif status != 0:
                     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()

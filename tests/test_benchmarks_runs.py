@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import atari100k, runs
-from sb3_iris import IRIS, atari_wrappers
+from sb3_iris import IRIS, RunCheckpointCallback, atari_wrappers, checkpoints
 
 SCRIPT = str(Path(runs.__file__).with_name("atari100k.py"))
 SMALL = ["--preset", "smoke", "--games", "Kangaroo", "--seeds", "0"]
@@ -104,26 +104,28 @@ def test_run_is_recorded(tmp_path: Path) -> None:
     assert model.num_timesteps == 60 and model.final_training_epochs == 2
     # 60 steps are three epochs of one gradient step per network, then there are two more phases
     assert model._n_updates == 3 * (3 + 2)
-    assert not list((tmp_path / "run").glob("checkpoint_*"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_goes_on_after_each_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted by an exception after every checkpoint, a run makes each step and each training phase once."""
     folder = one_run(tmp_path / "run")
-    save = runs.save_checkpoint
-    names = []
+    positions = []
 
-    def save_and_stop(run: runs.Run, model: Any, name: str, state: dict[str, Any]) -> None:
-        save(run, model, name, state)
-        names.append(name)
-        raise Interrupted
+    class SaveAndStop(RunCheckpointCallback):
+        def _save_if_due(self) -> None:
+            before = self._position
+            super()._save_if_due()
+            if self._position != before:
+                positions.append(self._position)
+                raise Interrupted
 
-    monkeypatch.setattr(runs, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(atari100k, "RunCheckpointCallback", SaveAndStop)
     for _ in range(5):
         with pytest.raises(Interrupted):
             work(folder)
     data = work(folder)
-    assert names == [f"{steps:09d}_{phases:06d}" for steps, phases in ((20, 0), (40, 0), (60, 0), (60, 1), (60, 2))]
+    assert positions == [(20, 0), (40, 1), (60, 2), (60, 4), (60, 5)]  # steps and training phases
     assert [session.get("from_step") for session in data["sessions"]] == [0, 20, 40, 60, 60, 60]
     model = IRIS.load(folder / "model.zip")
     assert model.num_timesteps == 60 and model._n_updates == 3 * (3 + 2)
@@ -132,18 +134,18 @@ def test_goes_on_after_each_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
 def test_interrupted_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that is not whole does not count: the one before does."""
     folder = one_run(tmp_path / "run")
-    save = IRIS.save_replay_buffer
+    sha256 = checkpoints.sha256
 
-    def save_or_stop(model: IRIS, path: Any) -> None:
-        save(model, path)
-        if model.num_timesteps == 40:
+    def digest_or_stop(path: Path) -> str:
+        if "checkpoint_000001_20_steps" in {found.name for found in path.parent.parent.iterdir()}:
             raise Interrupted
+        return sha256(path)
 
-    monkeypatch.setattr(IRIS, "save_replay_buffer", save_or_stop)
+    monkeypatch.setattr(checkpoints, "sha256", digest_or_stop)
     with pytest.raises(Interrupted):
         work(folder)
-    monkeypatch.setattr(IRIS, "save_replay_buffer", save)
-    assert [path.name for path in folder.glob("checkpoint_*")] == ["checkpoint_000000020_000000"]
+    monkeypatch.setattr(checkpoints, "sha256", sha256)
+    assert [path.name for path in (folder / "checkpoints").glob("checkpoint_*")] == ["checkpoint_000001_20_steps"]
     assert work(folder)["sessions"][1]["from_step"] == 20
     assert IRIS.load(folder / "model.zip")._n_updates == 3 * (3 + 2)
 
@@ -172,7 +174,7 @@ def test_killed_and_started_again(tmp_path: Path, start: Start) -> None:
     command = ["--out", str(tmp_path), *SMALL, "--steps", "200", "--eval-games", "1", "--checkpoint-every", "20"]
     folder = tmp_path / "Kangaroo" / "seed_0"
     process = start(*command, "--refresh", "1")
-    wait_for(lambda: any(folder.glob("checkpoint_*")))
+    wait_for(lambda: any(folder.glob("checkpoints/checkpoint_*")))
     process.send_signal(signal.SIGKILL)
     process.wait(PATIENCE)
     worker = runs.read(folder)["sessions"][0]["pid"]
@@ -196,7 +198,7 @@ def test_killed_worker_is_started_again(tmp_path: Path, start: Start) -> None:
     process = start(
         *["--out", str(tmp_path), *SMALL, "--steps", "160", "--eval-games", "1", "--checkpoint-every", "20", "--refresh", "1"]
     )
-    wait_for(lambda: any(folder.glob("checkpoint_*")))
+    wait_for(lambda: any(folder.glob("checkpoints/checkpoint_*")))
     os.kill(runs.read(folder)["sessions"][0]["pid"], signal.SIGKILL)
     assert process.wait(PATIENCE) == 0
     data = runs.read(folder)
@@ -358,7 +360,7 @@ def test_ray_cluster_with_a_killed_worker(tmp_path: Path, start: Start) -> None:
             *["--eval-games", "1", "--checkpoint-every", "20", "--ray-address", f"127.0.0.1:{port}", "--refresh", "1"],
         )
         folder = out / "Kangaroo" / "seed_0"
-        wait_for(lambda: any(folder.glob("checkpoint_*")), 180)
+        wait_for(lambda: any(folder.glob("checkpoints/checkpoint_*")), 180)
         assert runs.read(folder)["status"] == "training"
         os.kill(runs.read(folder)["sessions"][0]["pid"], signal.SIGKILL)
         assert sweep.wait(PATIENCE) == 0
