@@ -17,7 +17,7 @@ CHECKPOINT = ROOT / "tests" / "data" / "reference_small.pt"  # of 4 actions, as 
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    first, atari, reference, laptop, dream = blocks
+    first, atari, reference, checkpoints, laptop, dream = blocks
     monkeypatch.chdir(tmp_path)
     names: dict = {}
 
@@ -32,6 +32,14 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(reference.replace('"Pong.pt"', f"{str(CHECKPOINT)!r}"), names)
     action, _ = names["model"].predict(names["eval_env"].reset())
     assert action.shape == (1,) and 0 <= action[0] < 4
+
+    once = checkpoints.replace("learn(100_000", "learn(8").replace("Callback(5_000", "Callback(4")
+    assert once.count("8") == 1 and "Callback(4" in once
+    exec(once, names)
+    assert names["model"].num_timesteps == 8
+    assert len(list((tmp_path / "runs" / "pong").glob("checkpoint_*"))) == 2
+    exec(once, names)  # the run is over: taken up, it has nothing left to do
+    assert names["model"].num_timesteps == 8
 
     exec(laptop, names)
     model = names["model"]
