@@ -276,5 +276,20 @@ class Tokenizer(nn.Module):
         frequencies = quantized.tokens.flatten().bincount(minlength=self.codebook_size) / quantized.tokens.numel()
         logs["codebook_usage"] = (frequencies > 0).float().mean()
         logs["codebook_perplexity"] = th.special.entr(frequencies).sum().exp()
+        logs["moving_error"] = moving_error(x, x_hat.detach())
         logs["loss"] = loss
         return loss, {name: value.detach() for name, value in logs.items()}
+
+
+@th.no_grad()
+def moving_error(x: th.Tensor, x_hat: th.Tensor, threshold: float = 0.1) -> th.Tensor:
+    """
+    Mean absolute error where something moves: a lost ball costs nothing in the mean over all pixels and everything in the game.
+
+    :param x: (B, C, H, W) on the [-1, 1] scale
+    :param x_hat: (B, C, H, W), reconstructions of x
+    :param threshold: Difference from the batch's median frame, on the [0, 1] scale, from which on a value counts as moving.
+    :return: Scalar on the [0, 1] scale; 0 if nothing moves.
+    """
+    moving = (x - x.median(dim=0).values).abs() > 2 * threshold
+    return ((x - x_hat).abs() * moving).sum() / (2 * moving.sum().clamp(min=1))

@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_iris.tokenizer import Downsample, ResidualBlock, SpatialSelfAttention, Tokenizer, VectorQuantizer
+from sb3_iris.tokenizer import Downsample, ResidualBlock, SpatialSelfAttention, Tokenizer, VectorQuantizer, moving_error
 
 
 def make_tokenizer(image_shape: tuple[int, int, int] = (3, 16, 16), levels: int = 3, **kwargs: Any) -> Tokenizer:
@@ -273,3 +273,16 @@ def test_revived_codes_are_drawn_from_the_batch() -> None:
     codes = {tuple(code) for code in quantizer.codebook.tolist()}
     assert codes <= outputs
     assert len(codes) > 10  # of 16
+
+
+def test_moving_error_counts_what_moves_only() -> None:
+    frames = -th.ones(5, 1, 2, 2)
+    frames[1, 0, 0, 1] = 1.0  # a ball, white on black, in one frame of five
+    lost = -th.ones(5, 1, 2, 2)
+    lost[:, 0, 1, 1] = 0.5  # wrong, but nothing moves there
+    assert moving_error(frames, lost).item() == pytest.approx(1.0)
+    lost[1, 0, 0, 1] = 0.0
+    assert moving_error(frames, lost).item() == pytest.approx(0.5)
+    assert moving_error(frames[:1], lost[:1]).item() == 0.0
+    frames[1, 0, 0, 1] = -0.85  # the difference of 0.075 is less than what counts as moving
+    assert moving_error(frames, lost).item() == 0.0
