@@ -284,7 +284,8 @@ class Tokenizer(nn.Module):
 @th.no_grad()
 def moving_error(x: th.Tensor, x_hat: th.Tensor, threshold: float = 0.1) -> th.Tensor:
     """
-    Mean absolute error where something moves: a lost ball costs nothing in the mean over all pixels and everything in the game.
+    Mean absolute error where something moves: a lost ball costs nothing in the mean over all pixels, but everything in the
+    game.
 
     :param x: (B, C, H, W) on the [-1, 1] scale
     :param x_hat: (B, C, H, W), reconstructions of x
