@@ -174,5 +174,8 @@ def tuples_to_lists(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     :param policy_kwargs: Arguments for the policy.
     :return: The same with lists in place of tuples: that is how saved ones come back, and the two should compare equal.
+    :raises ValueError: If they are no dict.
     """
+    if not isinstance(policy_kwargs, dict):
+        raise ValueError(f"policy_kwargs={policy_kwargs!r} must be a dict, for instance dict(image_size=64), or None")
     return {name: list(value) if isinstance(value, tuple) else value for name, value in policy_kwargs.items()}
