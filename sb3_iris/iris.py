@@ -311,14 +311,16 @@ class IRIS(SavingAlgorithm):
         history: list[Logs] = []
         network.train()
         hidden = self._progress_bar is None
-        for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
-            loss, logs = compute_loss()
-            optimizer.zero_grad()
-            loss.backward()
-            logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
-            optimizer.step()
-            history.append(logs)
-        network.eval()
+        try:
+            for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
+                loss, logs = compute_loss()
+                optimizer.zero_grad()
+                loss.backward()
+                logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
+                optimizer.step()
+                history.append(logs)
+        finally:  # after Ctrl-C one may want to play in the world model, without dropout
+            network.eval()
         check_finite(name, history, self.num_timesteps)
         self._n_updates += n_steps
         for key in history[0]:
