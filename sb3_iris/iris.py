@@ -412,6 +412,7 @@ class IRIS(SavingAlgorithm):
         finally:
             for checkpoints in self._run_checkpoints:
                 checkpoints.leave()
+            self._run_checkpoints = []  # callbacks know all that ran, modules too, so a model that knows them has no copies
             if self._progress_bar is not None:
                 self._progress_bar.close()
                 self._progress_bar = None

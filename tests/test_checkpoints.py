@@ -1,6 +1,8 @@
 """Checkpoints: what is in them, and that a run which is taken up from one is the run that was never stopped."""
 
+import copy
 import json
+import pickle
 import random
 import shutil
 import warnings
