@@ -38,7 +38,7 @@ class SavingAlgorithm(BaseAlgorithm):
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Load a replay buffer; no code in the file can run. The next call of ``learn`` begins a new episode.
+        Load a replay buffer; no code in the file can run. What is played next begins a new episode.
 
         :param path: File or file object from ``save_replay_buffer``.
         :raises ValueError: If it is no replay buffer of this algorithm, or one of other images or number of environments.

@@ -131,6 +131,7 @@ def test_hyperparameters(name, value, way_out):
         ("final_training_epochs", 0),
         ("tokenizer_learning_starts", 0),
         ("train_freq", 1),
+        ("seed", np.int64(2**32 - 1)),
         ("policy_kwargs", {"dropout": 0.0}),
         ("policy_kwargs", {"n_heads": 1}),
         ("policy_kwargs", {"codebook_size": 1}),
