@@ -159,6 +159,8 @@ def _manifest(model: "IRIS") -> dict[str, Any]:
     values = {
         name: getattr(model, "_stats_window_size" if name == "stats_window_size" else name) for name in _arguments(model)
     }
+    if buffer.buffer_size != max(model.buffer_size // model.n_envs, 1):  # it came from a file, with a size of its own
+        values["buffer_size"] = buffer.buffer_size * model.n_envs
     aliases = [name for name, policy_class in model.policy_aliases.items() if policy_class is model.policy_class]
     values["policy"] = aliases[0] if aliases else model.policy_class
     saved = {name: value for name, value in values.items() if _is_json(value)}

@@ -224,6 +224,7 @@ class IRIS(SavingAlgorithm):
 
         :param seed: None draws fresh ones where they are the algorithm's own, and leaves the others as they are.
         """
+        seed = None if seed is None else int(seed)  # Python's own streams take no NumPy numbers
         super().set_random_seed(seed)
         self._rng = np.random.default_rng(seed)
         if seed is not None and hasattr(self, "policy"):
@@ -237,7 +238,7 @@ class IRIS(SavingAlgorithm):
         :param n_steps: Env steps to take, over all environments; rounded up to a multiple of their number.
         :return: False if the callback asked to stop.
         """
-        assert self.env is not None and self._last_obs is not None and self._last_episode_starts is not None
+        assert self.env is not None and self._last_episode_starts is not None
         callback.on_rollout_start()
         start = time.perf_counter()
         # The networks may have changed since the last collection: rebuild the LSTM state from the frames it has seen
@@ -247,6 +248,9 @@ class IRIS(SavingAlgorithm):
 
         going_on = True
         for _ in range(0, n_steps, self.n_envs):
+            if self._last_obs is None:  # a callback has loaded a replay buffer, which the running episodes do not follow
+                self._last_obs = self.env.reset()  # type: ignore[assignment]
+                self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
             obs = self._images(self._last_obs)
             episode_starts = self._last_episode_starts
             keep = th.as_tensor(~episode_starts, dtype=th.float32, device=self.device).unsqueeze(-1)
@@ -311,14 +315,16 @@ class IRIS(SavingAlgorithm):
         history: list[Logs] = []
         network.train()
         hidden = self._progress_bar is None
-        for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
-            loss, logs = compute_loss()
-            optimizer.zero_grad()
-            loss.backward()
-            logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
-            optimizer.step()
-            history.append(logs)
-        network.eval()
+        try:
+            for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
+                loss, logs = compute_loss()
+                optimizer.zero_grad()
+                loss.backward()
+                logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
+                optimizer.step()
+                history.append(logs)
+        finally:  # after Ctrl-C one may want to play in the world model, without dropout
+            network.eval()
         check_finite(name, history, self.num_timesteps)
         self._n_updates += n_steps
         for key in history[0]:
@@ -410,6 +416,7 @@ class IRIS(SavingAlgorithm):
         finally:
             for checkpoints in self._run_checkpoints:
                 checkpoints.leave()
+            self._run_checkpoints = []  # callbacks know all that ran, modules too, so a model that knows them has no copies
             if self._progress_bar is not None:
                 self._progress_bar.close()
                 self._progress_bar = None

@@ -38,7 +38,7 @@ class SavingAlgorithm(BaseAlgorithm):
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Load a replay buffer; no code in the file can run. The next call of ``learn`` begins a new episode.
+        Load a replay buffer; no code in the file can run. What is played next begins a new episode.
 
         :param path: File or file object from ``save_replay_buffer``.
         :raises ValueError: If it is no replay buffer of this algorithm, or one of other images or number of environments.
@@ -174,5 +174,8 @@ def tuples_to_lists(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     :param policy_kwargs: Arguments for the policy.
     :return: The same with lists in place of tuples: that is how saved ones come back, and the two should compare equal.
+    :raises ValueError: If they are no dict.
     """
+    if not isinstance(policy_kwargs, dict):
+        raise ValueError(f"policy_kwargs={policy_kwargs!r} must be a dict, for instance dict(image_size=64), or None")
     return {name: list(value) if isinstance(value, tuple) else value for name, value in policy_kwargs.items()}

@@ -131,6 +131,7 @@ def check_hyperparameters(model: "IRIS") -> None:
     """
     check_positive(
         **{name: getattr(model, name) for name in ("buffer_size", "train_freq")},
+        stats_window_size=model._stats_window_size,
         **{f"{network}_batch_size": getattr(model, f"{network}_batch_size") for network in NETWORKS},
     )
     for name, least in {
@@ -158,6 +159,9 @@ def check_hyperparameters(model: "IRIS") -> None:
     rate = model.learning_rate
     if not callable(rate) and not (isinstance(rate, Real) and 0 <= rate < math.inf):
         raise ValueError(f"learning_rate={model.learning_rate!r} must be a finite number of at least 0, or a schedule")
+    seed = model.seed
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32):
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}, or None")
     longest = max(model.sequence_length, model.burn_in + 1)
     if model.buffer_size // model.n_envs < longest:
         raise ValueError(

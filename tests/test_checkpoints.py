@@ -1,6 +1,8 @@
 """Checkpoints: what is in them, and that a run which is taken up from one is the run that was never stopped."""
 
+import copy
 import json
+import pickle
 import random
 import shutil
 import warnings
@@ -484,6 +486,39 @@ def test_callback_that_stops_the_run(tmp_path):
     resumed = IRIS.resume(tmp_path, FrameEnv(), device="cpu")
     assert resumed.num_timesteps == 6
     assert resumed.learn(12)._n_updates == 3 * (3 + 1)
+
+
+@pytest.mark.parametrize("buffer_size", [20, 1_000])
+@pytest.mark.parametrize("with_model", [False, True])
+def test_replay_buffer_of_another_size(tmp_path, buffer_size, with_model):
+    """A loaded replay buffer keeps the size that it has in its file, and a run that is taken up has it too."""
+    played = tiny(frame_envs(2), buffer_size=buffer_size).learn(40)
+    if with_model:
+        played.save(tmp_path / "model", include=["replay_buffer"])
+        model = IRIS.load(tmp_path / "model", frame_envs(2), device="cpu", buffer_size=300)
+    else:
+        played.save_replay_buffer(tmp_path / "buffer")
+        model = tiny(frame_envs(2), buffer_size=300)
+        model.load_replay_buffer(tmp_path / "buffer")
+    model.learn(4, reset_num_timesteps=False).save_checkpoint(tmp_path / "run")
+    resumed = IRIS.resume(tmp_path / "run", frame_envs(2), device="cpu")
+    assert resumed.replay_buffer.buffer_size == buffer_size // 2
+    rows = np.arange(model.replay_buffer.n_added - model.replay_buffer.size(), model.replay_buffer.n_added)
+    for name in ("observations", "actions", "rewards", "episode_starts"):
+        ours, theirs = (getattr(m.replay_buffer, name)[rows % (buffer_size // 2)] for m in (resumed, model))
+        assert np.array_equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model(tmp_path, copied):
+    """A model that writes checkpoints can be copied like others, once it has no env: few of those can."""
+    model = tiny(FrameEnv()).learn(8, RunCheckpointCallback(4, tmp_path))
+    model.env = None
+    twin = copied(model)
+    assert_equal(parameters(twin), parameters(model))
+    assert model._checkpoint_lock is not None and twin._checkpoint_lock is None
+    twin.set_env(frame_envs())
+    assert twin.learn(4, reset_num_timesteps=False).num_timesteps == 12
 
 
 # --- Properties ----------------------------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def test_progress_bars(capsys):
 
 
 def test_interrupted_training_phase():
-    """After Ctrl-C between two gradient steps of the world model, the next call goes on, without dropout left on."""
+    """After Ctrl-C between two gradient steps of the world model no dropout is left on, and the next call goes on."""
     model = tiny(FrameEnv(), policy_kwargs={"dropout": 0.5}, world_model_gradient_steps=2)
 
     def interrupt(*_):
@@ -299,6 +299,7 @@ def test_interrupted_training_phase():
         model.learn(12)
     hook.remove()
     assert model.num_timesteps == 4
+    assert not any(module.training for module in model.policy.modules())
     modes = []
     model.learn(
         8,

@@ -9,6 +9,7 @@ import pytest
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -295,6 +296,31 @@ def test_replay_buffer(n_steps, as_bytes, tmp_path):
     newest = other.replay_buffer.episode_starts[(other.replay_buffer.pos - 1) % 10]
     assert newest.all()
     assert len(other.replay_buffer.episodes) >= min(n_episodes, 2)
+
+
+@pytest.mark.parametrize("at", ["_on_training_start", "_on_step", "_on_rollout_end"])
+def test_replay_buffer_loaded_by_a_callback(at, trained, tmp_path):
+    """The run goes on behind what is in the file, with a new episode."""
+    trained.save_replay_buffer(tmp_path / "buffer")
+    model = tiny(FrameEnv())
+
+    class Load(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+    def load() -> bool:
+        if model.num_timesteps in (0, 2, 4) and model.replay_buffer.size() < 12:
+            model.load_replay_buffer(tmp_path / "buffer")
+        return True
+
+    callback = Load()
+    setattr(callback, at, load)
+    model.learn(8, callback)
+    buffer = model.replay_buffer
+    assert model.num_timesteps == 8 and 12 + 4 <= buffer.size() <= 12 + 8
+    assert_equal({name: value[:12] for name, value in steps_in_buffer(model).items()}, steps_in_buffer(trained))
+    assert buffer.episode_starts[12] and buffer.observations[12, 0, 0, 0, 0] == 0  # the first frame of an episode
+    assert buffer.observations[13, 0, 0, 0, 0] == 1 and not buffer.episode_starts[13]
 
 
 def test_size_of_replay_buffer_file(tmp_path):

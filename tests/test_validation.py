@@ -83,7 +83,7 @@ def cases(names: list[str], values: list[Any], way_out: str) -> list[tuple[str, 
     return [(name, value, way_out) for name in names for value in values]
 
 
-POSITIVE = ["buffer_size", "train_freq", *(f"{network}_batch_size" for network in NETWORKS)]
+POSITIVE = ["buffer_size", "train_freq", "stats_window_size", *(f"{network}_batch_size" for network in NETWORKS)]
 NOT_NEGATIVE = [f"{network}_{what}" for network in NETWORKS for what in ("gradient_steps", "learning_starts")]
 NO_INTEGERS = [1.5, 10.0, "10", None, NAN, INF, True, (5,)]
 
@@ -103,6 +103,7 @@ NO_INTEGERS = [1.5, 10.0, "10", None, NAN, INF, True, (5,)]
         *cases(["tokenizer_learning_stops"], [4, 0, -1, 9.0, "9", NAN], "above tokenizer_learning_starts=4, or None"),
         *cases(["max_grad_norm"], [0, -1.0, NAN, None, "1"], "above 0.*inf.* does not clip"),
         *cases(["learning_rate"], [-1e-4, NAN, INF, None, "1e-4"], "finite number of at least 0, or a schedule"),
+        *cases(["seed"], [-1, 2**32, 1.5, "1", True], "from 0 to 4294967295, or None"),
         *cases(["perceptual_loss"], ["LPIPS", "vgg", 3], "'auto', 'lpips', None or a function"),
     ],
 )
@@ -130,6 +131,7 @@ def test_hyperparameters(name, value, way_out):
         ("final_training_epochs", 0),
         ("tokenizer_learning_starts", 0),
         ("train_freq", 1),
+        ("seed", np.int64(2**32 - 1)),
         ("policy_kwargs", {"dropout": 0.0}),
         ("policy_kwargs", {"n_heads": 1}),
         ("policy_kwargs", {"codebook_size": 1}),
@@ -190,6 +192,12 @@ def test_policy_kwargs(name, value, pattern):
     assert name in str(error.value)
     if not isinstance(value, tuple):
         assert re.search(rf"\b{re.escape(str(value))}|{re.escape(repr(value))}", str(error.value))
+
+
+@pytest.mark.parametrize("value", ["image_size=8", 8, [("image_size", 8)]])
+def test_policy_kwargs_that_are_no_dict(value):
+    with pytest.raises(ValueError, match=rf"policy_kwargs={re.escape(repr(value))} must be a dict"):
+        IRIS("CnnPolicy", FrameEnv(), policy_kwargs=value)
 
 
 def test_image_size_of_the_env():
