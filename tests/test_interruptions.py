@@ -18,6 +18,7 @@ from tests.presets import FrameEnv, tiny
 ROOT = Path(__file__).parent.parent
 RUN = """
 import sys, time
+from pathlib import Path
 import torch as th
 from sb3_iris import IRIS, RunCheckpointCallback, checkpoints, iris
 from tests.presets import FrameEnv, tiny
@@ -26,7 +27,9 @@ th.set_num_threads(1)
 
 class Env(FrameEnv):
     def step(self, action):
-        time.sleep({pause})
+        if self.n_steps == {waits_at}:
+            Path(sys.argv[1], "waiting").touch()
+            time.sleep(5)
         if self.n_steps == {fails_at}:
             raise RuntimeError("the game is broken")
         return super().step(action)
@@ -40,7 +43,7 @@ print("the end", flush=True)
 
 def start(folder: Path, code: str = RUN, **values: float) -> subprocess.Popen:
     """A run in a process of its own."""
-    defaults = {"pause": 0.0, "fails_at": -1, "final_epochs": 1, "steps": 100_000, "save_freq": 8}
+    defaults = {"waits_at": -1, "fails_at": -1, "final_epochs": 1, "steps": 100_000, "save_freq": 8}
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code.format(**{**defaults, **values}), str(folder)],
@@ -52,19 +55,21 @@ def start(folder: Path, code: str = RUN, **values: float) -> subprocess.Popen:
     )
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen, number: int = 1, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while not find_checkpoints(folder):
+    while not (newest := find_checkpoints(folder)) or int(newest[0].name.split("_")[1]) < number:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_asked_to_stop(tmp_path, number, status):
-    """In a collection, which is slow here: a checkpoint of the very step is written, and where it is is said."""
-    process = start(tmp_path, pause=0.1, save_freq=8)
-    wait_for_checkpoint(tmp_path, process)
-    time.sleep(0.5)
+    """In the middle of a collection: a checkpoint of the very step is written, and where it is is said."""
+    process = start(tmp_path, waits_at=9, save_freq=8)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "waiting").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status, stderr
@@ -73,7 +78,7 @@ def test_asked_to_stop(tmp_path, number, status):
     assert not (tmp_path / ".new").exists()
     check_files(newest)
     resumed = IRIS.resume(tmp_path, FrameEnv(), device="cpu")
-    assert resumed.num_timesteps == resumed.replay_buffer.size() > 8
+    assert resumed.num_timesteps == resumed.replay_buffer.size() == 10
 
 
 def test_asked_to_stop_while_writing(tmp_path):
@@ -100,8 +105,7 @@ checkpoints.sync = lambda path: (time.sleep(0.2), sync(path))
 def test_final_training_phase(tmp_path):
     """Stopped in the training phases at the end, where nothing is collected any more."""
     process = start(tmp_path, steps=4, final_epochs=100_000, save_freq=4)
-    wait_for_checkpoint(tmp_path, process)
-    time.sleep(1)
+    wait_for_checkpoint(tmp_path, process, number=4)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr
@@ -148,7 +152,7 @@ model.learn({steps}, RunCheckpointCallback({save_freq}, sys.argv[1]))
 def test_two_processes(tmp_path, monkeypatch):
     """This one, the second, is told who is there, neither writes nor takes up the run, and has its turn after that."""
     monkeypatch.setattr(checkpoint_folder, "LOCK_SECONDS", 0)
-    first = start(tmp_path, pause=0.05, save_freq=4)
+    first = start(tmp_path, save_freq=4)
     wait_for_checkpoint(tmp_path, first)
     model = tiny(FrameEnv())
     with pytest.raises(ValueError, match=rf"belongs to another process \(number {first.pid}\)"):
