@@ -102,7 +102,7 @@ class Progress(BaseCallback):
         super().__init__()
         self.run = run
         self._began = time.monotonic()
-        self._before = run.data["seconds"]["training"]  # of the sessions before, with what they lost
+        self._before = run.data["seconds"]["training"]  # of earlier starts, with what they lost
 
     def note(self) -> None:
         """How far the run is, and how long it took."""
