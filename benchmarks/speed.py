@@ -132,16 +132,9 @@ class Stopwatch:
         return seconds
 
 
-class _NoDecoder:
-    """In place of a tokenizer: leaves the tokens as they are."""
-
-    def decode(self, tokens: th.Tensor) -> th.Tensor:
-        return tokens
-
-
 def imagine_cached(model: IRIS, batch_size: int) -> None:
     """The world model's passes of an imagination alone, as in training: no policy, nothing decoded."""
-    game = ImaginedGame(_NoDecoder(), model.policy.world_model)  # type: ignore[arg-type]
+    game = ImaginedGame(lambda tokens: tokens, model.policy.world_model)
     game.reset(th.zeros(batch_size, game.world_model.tokens_per_frame, dtype=th.int64, device=model.device))
     actions = th.zeros(batch_size, dtype=th.int64, device=model.device)
     for t in range(model.imagination_horizon):

@@ -15,17 +15,24 @@ class ActorCritic(nn.Module):
     Each of the four convolutions is followed by a 2x2 max-pool, up to ``n_pools`` of them and as long as there are two pixels
     to pool. Small images want fewer: the paper's four leave 4x4 positions of a 64x64 image, but a single one of a 16x16 image.
 
-    :param image_shape: (C, H, W) of a frame.
+    :param input_shape: (C, H, W) of a frame, or (codebook_dim, h, w) of its codes.
     :param n_actions: Number of actions A.
     :param lstm_hidden_size: Size of the LSTM's hidden and cell state.
     :param n_pools: Most max-pools, 0 to 4.
+    :param sees_codes: Whether the inputs are codes, which are taken as they are; frames are put on the [-1, 1] scale first.
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], n_actions: int, lstm_hidden_size: int = 512, n_pools: int = 4
+        self,
+        input_shape: tuple[int, int, int],
+        n_actions: int,
+        lstm_hidden_size: int = 512,
+        n_pools: int = 4,
+        sees_codes: bool = False,
     ) -> None:
         super().__init__()
-        in_channels, height, width = image_shape
+        self.sees_codes = sees_codes
+        in_channels, height, width = input_shape
         layers: list[nn.Module] = []
         for i, channels in enumerate((32, 32, 64, 64)):
             layers.append(nn.Conv2d(in_channels, channels, 3, padding=1))
@@ -47,27 +54,27 @@ class ActorCritic(nn.Module):
         zeros = self.actor.weight.new_zeros(batch_size, self.lstm.hidden_size)
         return LSTMState(zeros, zeros)
 
-    def forward(self, frames: th.Tensor, state: LSTMState) -> ActorCriticOutput:
+    def forward(self, inputs: th.Tensor, state: LSTMState) -> ActorCriticOutput:
         """
-        :param frames: (B, C, H, W) float32 in [0, 1], decoded by the tokenizer
+        :param inputs: (B, C, H, W) float32: frames in [0, 1], decoded by the tokenizer, or codes
         :param state: LSTM state before these frames.
         :return: Action logits, values and the LSTM state after the frames.
         """
-        hidden, cell = self.lstm(self._features(frames), state)
+        hidden, cell = self.lstm(self._features(inputs), state)
         return ActorCriticOutput(self.actor(hidden), self.critic(hidden).squeeze(-1), LSTMState(hidden, cell))
 
     @th.no_grad()
-    def burn_in(self, frames: th.Tensor, mask: th.Tensor) -> LSTMState:
+    def burn_in(self, inputs: th.Tensor, mask: th.Tensor) -> LSTMState:
         """
         LSTM state after frames that are only watched. Padded steps leave the state as it is.
 
-        :param frames: (B, T, C, H, W) float32 in [0, 1]
+        :param inputs: (B, T, C, H, W) float32, as for ``forward``
         :param mask: (B, T) bool, False where padded
         :return: The state after the last frame.
         """
         B, T = mask.shape
         state = self.initial_state(B)
-        features = self._features(frames.flatten(0, 1)).unflatten(0, (B, T)) if T > 0 else None
+        features = self._features(inputs.flatten(0, 1)).unflatten(0, (B, T)) if T > 0 else None
         for t in range(T):
             assert features is not None
             hidden, cell = self.lstm(features[:, t], state)
@@ -75,8 +82,8 @@ class ActorCritic(nn.Module):
             state = LSTMState(th.where(watched, hidden, state.hidden), th.where(watched, cell, state.cell))
         return state
 
-    def _features(self, frames: th.Tensor) -> th.Tensor:
-        return self.cnn(2 * frames - 1)
+    def _features(self, inputs: th.Tensor) -> th.Tensor:
+        return self.cnn(inputs if self.sees_codes else 2 * inputs - 1)
 
 
 def sample_categorical(logits: th.Tensor, temperature: float = 1.0, generator: th.Generator | None = None) -> th.Tensor:

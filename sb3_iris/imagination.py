@@ -1,7 +1,7 @@
 """
 Playing inside the world model: the only file that sees all three networks at work.
 
-Time runs like this; the policy sees decoded frames only, never the env's own::
+Time runs like this; the policy sees what tokens stand for, decoded frames or codes, never the env's own frames::
 
     burn-in frames ... | frame_0           frame_1           ...  frame_{H-1}
     LSTM state s  -----+-> logits_0, V_0    logits_1, V_1          logits_{H-1}, V_{H-1}
@@ -9,14 +9,17 @@ Time runs like this; the policy sees decoded frames only, never the env's own::
                        |      r_0, end_0       r_1, end_1             r_{H-1}, end_{H-1}   (no frame after the last)
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch as th
 
 from sb3_iris.actor_critic import ActorCritic, sample_categorical
-from sb3_iris.tokenizer import Tokenizer
 from sb3_iris.transformer import KVCache
 from sb3_iris.type_aliases import ImaginedTrajectory
 from sb3_iris.world_model import WorldModel
+
+Observe = Callable[[th.Tensor], th.Tensor]  # tokens (..., K) int64 to what they stand for, (..., C, H, W) float32
 
 
 class _Cohort:
@@ -63,7 +66,7 @@ class ImaginedGame:
     Single games can begin anew. Positions count from the first frame in the context, so games share a cache and a pass
     only with those that have as many frames in it as they have; there are never more such cohorts than steps in the context.
 
-    :param tokenizer: Decodes the sampled tokens.
+    :param observe: Makes of sampled tokens what the player sees, for instance ``Tokenizer.decode``.
     :param world_model: Predicts rewards, ends and the tokens of the next frame.
     :param temperature: Temperature of all sampling from the world model; 0 takes the most likely class.
     :param generator: Random stream of the sampling, torch's global one if None.
@@ -73,13 +76,13 @@ class ImaginedGame:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        observe: Observe,
         world_model: WorldModel,
         temperature: float = 1.0,
         generator: th.Generator | None = None,
         kept_frames: int = 1,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.observe = observe
         self.world_model = world_model
         self.temperature = temperature
         self.generator = generator
@@ -104,11 +107,11 @@ class ImaginedGame:
         Start from given frames.
 
         :param tokens: (B, K) int64, the frames as the tokenizer encodes them
-        :return: (B, C, H, W) float32 in [0, 1], the frames as the policy sees them
+        :return: (B, C, H, W) float32, the frames as the player sees them
         """
         self.tokens = tokens
         self._cohorts = [_Cohort(None, tokens, [])]
-        return self.tokenizer.decode(tokens)
+        return self.observe(tokens)
 
     @th.no_grad()
     def restart(self, rows: np.ndarray, tokens: th.Tensor) -> th.Tensor:
@@ -117,7 +120,7 @@ class ImaginedGame:
 
         :param rows: (n,) int64, which games of the batch
         :param tokens: (n, K) int64, their first frames
-        :return: (n, C, H, W) float32 in [0, 1], the frames as the policy sees them
+        :return: (n, C, H, W) float32, the frames as the player sees them
         """
         self.tokens = self.tokens.clone()
         self.tokens[self._indices(rows)] = tokens
@@ -129,7 +132,7 @@ class ImaginedGame:
                 cohort.select(self._indices(goes_on.nonzero()[0]))
         going_on = [cohort for cohort in self._cohorts if cohort.rows is not None and len(cohort.rows) > 0]
         self._merge([*going_on, _Cohort(rows, tokens, [])])
-        return self.tokenizer.decode(tokens)
+        return self.observe(tokens)
 
     def _indices(self, rows: np.ndarray) -> th.Tensor:
         return th.as_tensor(rows, device=self.tokens.device)
@@ -141,7 +144,7 @@ class ImaginedGame:
 
         :param actions: (B,) int64
         :param predict_frame: Whether the next frame is wanted; the game cannot go on without it.
-        :return: Rewards (B,) float32 in {-1, 0, 1}, ends (B,) bool, the next frames (B, C, H, W) float32 in [0, 1] or None.
+        :return: Rewards (B,) float32 in {-1, 0, 1}, ends (B,) bool, the next frames (B, C, H, W) float32 or None.
         """
         self._make_room(predict_frame)
         if len(self._cohorts) == 1 and self._cohorts[0].rows is None:
@@ -156,7 +159,7 @@ class ImaginedGame:
                 rows = self._indices(cohort.rows)
                 rewards[rows], ends[rows] = self._step_cohort(cohort, actions[rows], predict_frame)
                 self.tokens[rows] = cohort.tokens
-        return rewards, ends, self.tokenizer.decode(self.tokens) if predict_frame else None
+        return rewards, ends, self.observe(self.tokens) if predict_frame else None
 
     def _make_room(self, predict_frame: bool) -> None:
         """Shorten the contexts that leave no room for a step."""
@@ -223,7 +226,7 @@ def imagine(
     :param temperature: Temperature of the policy's sampling; 0 takes the most likely action.
     :return: What was imagined.
     """
-    state = actor_critic.burn_in(game.tokenizer.decode(tokens[:, :-1]), mask[:, :-1])
+    state = actor_critic.burn_in(game.observe(tokens[:, :-1]), mask[:, :-1])
     frames: th.Tensor | None = game.reset(tokens[:, -1])
     steps = []
     for t in range(horizon):

@@ -243,8 +243,7 @@ class IRIS(SavingAlgorithm):
         start = time.perf_counter()
         # The networks may have changed since the last collection: rebuild the LSTM state from the frames it has seen
         seen = self.replay_buffer.latest(self.burn_in, self._last_episode_starts)
-        tokenizer, actor_critic = self.policy.tokenizer, self.policy.actor_critic
-        state = actor_critic.burn_in(tokenizer.decode(tokenizer.encode(self.policy.to_frames(seen.observations))), seen.mask)
+        state = self.policy.actor_critic.burn_in(self.policy.observe(self._encode(seen.observations)), seen.mask)
 
         going_on = True
         for _ in range(0, n_steps, self.n_envs):
@@ -335,7 +334,7 @@ class IRIS(SavingAlgorithm):
         samples = self.replay_buffer.sample(self.tokenizer_batch_size, 1, self._rng)
         return self.policy.tokenizer.loss(self.policy.to_frames(samples.observations[:, 0]), self._perceptual_loss)
 
-    def _encode(self, observations: np.ndarray) -> th.Tensor:
+    def _encode(self, observations: np.ndarray | th.Tensor) -> th.Tensor:
         return self.policy.tokenizer.encode(self.policy.to_frames(observations))
 
     def _world_model_loss(self) -> tuple[th.Tensor, Logs]:
@@ -346,7 +345,7 @@ class IRIS(SavingAlgorithm):
         samples = self.replay_buffer.sample_tokens(
             self.actor_critic_batch_size, self.burn_in + 1, self._rng, self._encode, pad_left=True
         )
-        game = ImaginedGame(self.policy.tokenizer, self.policy.world_model)
+        game = ImaginedGame(self.policy.observe, self.policy.world_model)
         trajectory = imagine(game, self.policy.actor_critic, samples.tokens, samples.mask, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
 

@@ -46,7 +46,10 @@ class CnnLstmPolicy(BasePolicy):
     :param embed_dim: Embedding size of the world model; a multiple of ``n_heads``.
     :param dropout: Dropout probability of the world model, in [0, 1).
     :param lstm_hidden_size: Size of the actor-critic's LSTM state.
-    :param n_pools: Most max-pools among the actor-critic's four convolutions, 0 to 4; small images want fewer than four.
+    :param n_pools: Most max-pools among the actor-critic's four convolutions, 0 to 4; small images want fewer than four. Codes
+        are not pooled.
+    :param actor_critic_input: What the actor-critic sees: ``"frames"`` as the tokenizer decodes them, the paper's, or
+        ``"codes"``, the codebook's entries for the frame's tokens on their grid, which saves all decoding.
     :raises ValueError: If a size is not positive, or sizes do not go together.
     """
 
@@ -73,6 +76,7 @@ class CnnLstmPolicy(BasePolicy):
         dropout: float = 0.1,
         lstm_hidden_size: int = 512,
         n_pools: int = 4,
+        actor_critic_input: str = "frames",
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "lr_schedule")}
         super().__init__(observation_space, action_space)
@@ -97,6 +101,8 @@ class CnnLstmPolicy(BasePolicy):
         )
         if n_pools not in range(5):
             raise ValueError(f"n_pools={n_pools!r} must be a whole number from 0 to 4")
+        if actor_critic_input not in ("frames", "codes"):
+            raise ValueError(f"actor_critic_input={actor_critic_input!r} must be 'frames' or 'codes'")
         channels, height, width = observation_space.shape
         if image_size is not None:
             height = width = image_size
@@ -119,7 +125,9 @@ class CnnLstmPolicy(BasePolicy):
         self.world_model = WorldModel(
             codebook_size, n_actions, self.tokenizer.tokens_per_frame, sequence_length, embed_dim, n_layers, n_heads, dropout
         )
-        self.actor_critic = ActorCritic((channels, height, width), n_actions, lstm_hidden_size, n_pools)
+        sees_codes = actor_critic_input == "codes"
+        input_shape = (codebook_dim, *self.tokenizer.grid) if sees_codes else (channels, height, width)
+        self.actor_critic = ActorCritic(input_shape, n_actions, lstm_hidden_size, 0 if sees_codes else n_pools, sees_codes)
         self.set_training_mode(False)  # only the world model's own training phase wants its dropout
 
         learning_rate = lr_schedule(1)
@@ -176,16 +184,28 @@ class CnnLstmPolicy(BasePolicy):
         return th.as_tensor(observations, device=self.device).float() / 255
 
     @th.no_grad()
+    def observe(self, tokens: th.Tensor) -> th.Tensor:
+        """
+        What the actor-critic sees of frames.
+
+        :param tokens: (..., K) int64 in [0, V)
+        :return: Decoded frames (..., C, H, W) float32 in [0, 1], or codes (..., codebook_dim, h, w) float32
+        """
+        if not self.actor_critic.sees_codes:
+            return self.tokenizer.decode(tokens)
+        codes = self.tokenizer.quantizer.lookup(tokens.flatten(0, -2), self.tokenizer.grid)
+        return codes.view(*tokens.shape[:-1], *codes.shape[1:])
+
+    @th.no_grad()
     def act(self, observations: np.ndarray, state: LSTMState) -> tuple[th.Tensor, LSTMState]:
         """
-        What the policy thinks of real frames. Like in imagination it sees them as the tokenizer reconstructs them.
+        What the policy thinks of real frames. Like in imagination it sees what their tokens stand for.
 
         :param observations: (N, C, H, W) uint8 of the networks' size
         :param state: LSTM state before these frames.
         :return: Action logits (N, A) and the LSTM state after the frames.
         """
-        frames = self.tokenizer.decode(self.tokenizer.encode(self.to_frames(observations)))
-        output = self.actor_critic(frames, state)
+        output = self.actor_critic(self.observe(self.tokenizer.encode(self.to_frames(observations))), state)
         return output.logits, output.state
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:

@@ -35,13 +35,14 @@ def projected_days(model: "IRIS", n_steps: int = 100_000) -> float:
     frame = th.zeros(1, *tokenizer.image_shape, device=model.device)
     encode = seconds(lambda: tokenizer.encode(frame))
     decode = seconds(lambda: tokenizer.decode(tokens[:, 0]))
+    observe = 0 if model.policy.actor_critic.sees_codes else decode
     read = seconds(lambda: model.policy.world_model(tokens, tokens[:, :, 0]))
     # A gradient step costs about three passes. Frames are encoded once, decoded each time; imagining a step costs more than
     # reading it, and the small actor-critic adds its part
     per_sample = {
         "tokenizer": 3 * (encode + decode),
         "world_model": 3 * read,
-        "actor_critic": 2 * model.imagination_horizon * (read / sequence_length + decode) + model.burn_in * decode,
+        "actor_critic": 2 * model.imagination_horizon * (read / sequence_length + observe) + model.burn_in * observe,
     }
     epochs = n_steps / model.train_freq + model.final_training_epochs
     samples = {name: getattr(model, f"{name}_batch_size") * getattr(model, f"{name}_gradient_steps") for name in NETWORKS}

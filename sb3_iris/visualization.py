@@ -104,7 +104,7 @@ def compare(
     steps, imagined, values = [], [], []
     for t in range(len(actions) + 1):
         assert frames is not None
-        output = policy.actor_critic(frames, state)
+        output = policy.actor_critic(policy.observe(game.tokens), state)
         state = output.state
         imagined.append(frames[0])
         values.append(output.values[0])

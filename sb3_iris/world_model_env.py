@@ -304,7 +304,7 @@ def make_game(
     """
     if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature={temperature!r} must be a finite number of at least 0")
-    game = ImaginedGame(model.policy.tokenizer, model.policy.world_model, temperature, generator)
+    game = ImaginedGame(model.policy.tokenizer.decode, model.policy.world_model, temperature, generator)
     if kept_frames is not None:
         whole = isinstance(kept_frames, int | np.integer) and not isinstance(kept_frames, bool)
         if not (whole and 1 <= kept_frames <= game.max_frames):

@@ -30,7 +30,7 @@ class Networks:
 
     def game(self, temperature: float = 1.0, seed: int | None = None) -> ImaginedGame:
         generator = None if seed is None else th.Generator().manual_seed(seed)
-        return ImaginedGame(self.tokenizer, self.world_model, temperature, generator)
+        return ImaginedGame(self.tokenizer.decode, self.world_model, temperature, generator)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_policy_sees_decoded_frames_only(networks: Networks) -> None:
             return super().step(actions, predict_frame)
 
     tokens = th.randint(V, (2, 3, K))
-    game = SpyGame(networks.tokenizer, networks.world_model)
+    game = SpyGame(networks.tokenizer.decode, networks.world_model)
     trajectory = imagine(game, networks.actor_critic, tokens, full_mask(2, 3), horizon=5)
     decode = networks.tokenizer.decode
     burn_in, *played = seen

@@ -103,6 +103,35 @@ def test_state_follows_the_networks(model):
         np.testing.assert_allclose(np.concatenate(state), np.stack([part.numpy() for part in hidden]), atol=1e-6)
 
 
+def test_codes_as_input(tmp_path):
+    """The actor-critic sees the codebook's entries of a frame's tokens, when it plays, collects and imagines, and once loaded."""
+    env = FakeImageEnv(screen_height=16, screen_width=12, n_channels=3, action_dim=4)
+    model = tiny(env, {"actor_critic_input": "codes"}, burn_in=3)
+    tokenizer, codebook = model.policy.tokenizer, model.policy.tokenizer.quantizer.codebook
+    seen: list[th.Tensor] = []
+    model.policy.actor_critic.cnn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+
+    obs = images(5)
+    model.predict(obs)
+    tokens = tokenizer.encode(model.policy.to_frames(model.policy.resize(obs)))
+    (codes,) = seen
+    for position, (row, column) in enumerate(np.ndindex(*tokenizer.grid)):
+        assert th.equal(codes[:, :, row, column], codebook[tokens[:, position]])
+
+    decoded: list[th.Tensor] = []
+    tokenizer.decoder.register_forward_pre_hook(lambda module, inputs: decoded.append(inputs[0]))
+    seen.clear()
+    model.learn(12)
+    # One gradient step of the tokenizer in each epoch and one behind the last; else `learn` decodes to time itself alone
+    assert [inputs.requires_grad for inputs in decoded] == [False, False] + 4 * [True]
+    assert all(inputs.shape[1:] == codes.shape[1:] for inputs in seen)
+    assert sum(len(inputs) for inputs in seen) > 12 + 4 * model.actor_critic_batch_size * model.imagination_horizon
+
+    model.save(tmp_path / "model")
+    for ours, theirs in zip(act(IRIS.load(tmp_path / "model"), obs), act(model, obs), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", [bool, int, float])
 def test_episode_start_resets(model, dtype):
     obs = images(4)

@@ -250,7 +250,7 @@ def test_imagination(model: IRIS, arrays: StateDict) -> None:
             tokens.append(self.tokens)
             return result
 
-    game = SpyGame(policy.tokenizer, policy.world_model, temperature=0)
+    game = SpyGame(policy.observe, policy.world_model, temperature=0)
     horizon = model.sequence_length + 3
     trajectory = imagine(game, policy.actor_critic, arrays["tokens"], arrays["in_mask_left"], horizon, temperature=0)
     assert th.equal(trajectory.actions, arrays["im_actions"])

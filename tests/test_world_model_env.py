@@ -151,7 +151,7 @@ def test_restarted_games_are_as_if_alone(kept_frames):
     rng = np.random.default_rng(0)
 
     def new_game() -> ImaginedGame:
-        return ImaginedGame(networks.tokenizer, networks.world_model, temperature=0, kept_frames=kept_frames)
+        return ImaginedGame(networks.tokenizer.decode, networks.world_model, temperature=0, kept_frames=kept_frames)
 
     game, alone = new_game(), [new_game() for _ in range(B)]
     tokens = th.randint(V, (B, K))
@@ -180,7 +180,7 @@ def test_restarted_games_are_as_if_alone(kept_frames):
 def test_sliding_window_by_full_passes():
     """With all frames kept, each step is predicted from the last CONTEXT - 1 frames, however long the game."""
     networks = Networks()
-    game = ImaginedGame(networks.tokenizer, networks.world_model, temperature=0, kept_frames=CONTEXT - 1)
+    game = ImaginedGame(networks.tokenizer.decode, networks.world_model, temperature=0, kept_frames=CONTEXT - 1)
     tokens, actions = [th.randint(V, (3, K))], []
     game.reset(tokens[0])
     for t in range(3 * CONTEXT):
