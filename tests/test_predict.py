@@ -104,7 +104,7 @@ def test_state_follows_the_networks(model):
 
 
 def test_codes_as_input(tmp_path):
-    """The actor-critic sees the codebook's entries of a frame's tokens, when it plays, collects and imagines, and once loaded."""
+    """The actor-critic sees the codebook's entries of a frame's tokens: playing, collecting, imagining, and once loaded."""
     env = FakeImageEnv(screen_height=16, screen_width=12, n_channels=3, action_dim=4)
     model = tiny(env, {"actor_critic_input": "codes"}, burn_in=3)
     tokenizer, codebook = model.policy.tokenizer, model.policy.tokenizer.quantizer.codebook
