@@ -23,12 +23,14 @@ from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_iris.archive import ArrayFile, write_arrays
-from sb3_iris.type_aliases import SequenceSamples, TokenSamples
+from sb3_iris.frame_cache import FrameCache
+from sb3_iris.type_aliases import ContextSamples, SequenceSamples, TokenSamples
 from sb3_iris.validation import check_memory
 
 Encode = Callable[[np.ndarray], th.Tensor]
+Observe = Callable[[th.Tensor], th.Tensor]
 
-ENCODED_TOGETHER = 256  # frames; bounds the memory that encoding takes
+SEEN_BYTES = 2**30  # at most, to keep what the actor-critic sees of frames
 BLOCK_STEPS = 1_000  # in a block of frames in a file; bounds the memory that reading and writing take
 OUTCOMES = {"actions": np.int64, "rewards": np.float32, "terminations": bool, "truncations": bool, "episode_starts": bool}
 
@@ -73,7 +75,12 @@ class SequenceReplayBuffer(BaseBuffer):
         self.n_added = 0  # steps of each environment since the last reset; step i lies in row i % buffer_size
         self.stored: Any = None  # what a checkpoint folder already has of the frames, see `checkpoints.py`
         self._episodes: np.ndarray | None = None  # (episodes, 3) int64, see `episodes`; None once it is out of date
-        self._tokens: np.ndarray | None = None  # (buffer_size, N, K) int32, -1 where a frame has not been encoded
+        self._make_caches()
+
+    def _make_caches(self) -> None:
+        """Of tokens and of what the actor-critic sees of them; the frame of row i and environment n has index i N + n."""
+        self._tokens = FrameCache(self.buffer_size * self.n_envs)
+        self._seen = FrameCache(self.buffer_size * self.n_envs, SEEN_BYTES)
 
     def reset(self) -> None:
         """Forget all steps."""
@@ -81,7 +88,7 @@ class SequenceReplayBuffer(BaseBuffer):
         self.n_added = 0
         self.stored = None
         self._episodes = None
-        self._tokens = None
+        self.forget_tokens()
 
     def add(  # type: ignore[override]
         self,
@@ -109,8 +116,9 @@ class SequenceReplayBuffer(BaseBuffer):
         self.truncations[self.pos] = truncated
         self.episode_starts[self.pos] = episode_start
         self._episodes = None
-        if self._tokens is not None:
-            self._tokens[self.pos] = -1
+        for index in range(self.pos * self.n_envs, (self.pos + 1) * self.n_envs):
+            self._tokens.forget(index)
+            self._seen.forget(index)
         self._set_n_added(self.n_added + 1)
 
     def _set_n_added(self, n_added: int) -> None:
@@ -150,35 +158,72 @@ class SequenceReplayBuffer(BaseBuffer):
         """
         return self._segments(*self._draw(batch_size, sequence_length, rng, pad_left))
 
-    def sample_tokens(
-        self, batch_size: int, sequence_length: int, rng: np.random.Generator, encode: Encode, pad_left: bool = False
-    ) -> TokenSamples:
+    def sample_tokens(self, batch_size: int, sequence_length: int, rng: np.random.Generator, encode: Encode) -> TokenSamples:
         """
         Sample segments as ``sample`` does, with the tokens of the frames in place of the frames. A frame is encoded when it
-        is first drawn and never again, until ``forget_tokens`` is called; that costs 4 K bytes a frame.
+        is first drawn and never again, until ``forget_tokens`` is called; that costs 4 K + 1 bytes a frame.
 
         :param batch_size: Number of segments B.
         :param sequence_length: Steps in a segment T.
         :param rng: Random stream of the draws.
         :param encode: Gives the tokens of frames, (n, C, H, W) uint8 to (n, K) int64.
-        :param pad_left: Whether the step drawn is the segment's last one rather than its first.
         :return: The segments, on the buffer's device.
         """
-        steps, envs, mask = self._draw(batch_size, sequence_length, rng, pad_left)
-        rows, columns = self._locate(steps, mask), np.broadcast_to(envs[:, None], mask.shape)
-        if self._tokens is None:
-            tokens_per_frame = encode(self.observations[:1, 0]).shape[1]
-            self._tokens = np.full((self.buffer_size, self.n_envs, tokens_per_frame), -1, dtype=np.int32)
-        drawn = np.unique(rows[mask] * self.n_envs + columns[mask])
-        unknown = drawn[self._tokens.reshape(-1, self._tokens.shape[2])[drawn, 0] < 0]
-        for first in range(0, len(unknown), ENCODED_TOGETHER):
-            where = np.divmod(unknown[first : first + ENCODED_TOGETHER], self.n_envs)
-            self._tokens[where] = encode(self.observations[where]).cpu().numpy()
-        return TokenSamples(self._gather(self._tokens, rows, envs, mask).long(), *self._outcomes(rows, envs, mask))
+        steps, envs, mask = self._draw(batch_size, sequence_length, rng, pad_left=False)
+        rows = self._locate(steps, mask)
+        tokens = self._scatter(self._get_tokens((rows * self.n_envs + envs[:, None])[mask], encode), mask)
+        return TokenSamples(tokens.long(), *self._outcomes(rows, envs, mask))
+
+    def sample_contexts(
+        self, batch_size: int, burn_in: int, rng: np.random.Generator, encode: Encode, observe: Observe
+    ) -> ContextSamples:
+        """
+        Sample frames to imagine from, as ``sample`` draws last steps with ``pad_left``, and what the actor-critic sees of the
+        frames before them. No frame is encoded twice until ``forget_tokens`` is called, none decoded twice until
+        ``forget_seen`` is, as far as ``SEEN_BYTES`` reach: a decoded frame of 64x64 RGB takes 49 KB, so they hold 21,845.
+
+        :param batch_size: Number of frames B.
+        :param burn_in: Steps before each of them.
+        :param rng: Random stream of the draws.
+        :param encode: Gives the tokens of frames, (n, C, H, W) uint8 to (n, K) int64.
+        :param observe: Gives what the actor-critic sees, (n, K) int64 to (n, C, H, W) float32.
+        :return: The frames, on the buffer's device.
+        """
+        steps, envs, mask = self._draw(batch_size, burn_in + 1, rng, pad_left=True)
+        indices = self._locate(steps, mask) * self.n_envs + envs[:, None]
+
+        def see(frames: np.ndarray) -> np.ndarray:
+            return observe(th.as_tensor(self._get_tokens(frames, encode), device=self.device).long()).cpu().numpy()
+
+        tokens = self._get_tokens(indices[:, -1], encode)
+        before = mask[:, :-1]
+        seen = self._scatter(self._seen.get(indices[:, :-1][before], see), before) if before.any() else None
+        if seen is None:  # no step before any of them
+            seen = self._scatter(see(indices[:1, -1])[:0], before)
+        return ContextSamples(th.as_tensor(tokens, device=self.device).long(), seen, th.as_tensor(before, device=self.device))
+
+    def _get_tokens(self, indices: np.ndarray, encode: Encode) -> np.ndarray:
+        """Tokens of frames, (n,) int64 indices to (n, K) int32."""
+
+        def encode_frames(frames: np.ndarray) -> np.ndarray:
+            return encode(self.observations[np.divmod(frames, self.n_envs)]).cpu().numpy().astype(np.int32)
+
+        return self._tokens.get(indices, encode_frames)
+
+    def _scatter(self, values: np.ndarray, mask: np.ndarray) -> th.Tensor:
+        """Values (n, ...) of the n steps at which the mask (B, T) is True, as a tensor (B, T, ...) with zeros elsewhere."""
+        scattered = np.zeros((*mask.shape, *values.shape[1:]), dtype=values.dtype)
+        scattered[mask] = values
+        return th.as_tensor(scattered, device=self.device)
 
     def forget_tokens(self) -> None:
         """To be called when the tokenizer has changed."""
-        self._tokens = None
+        self._tokens.clear()
+        self.forget_seen()
+
+    def forget_seen(self) -> None:
+        """To be called at the start of a training phase: decoding rounds by batches, which a resumed run must have alike."""
+        self._seen.clear()
 
     def _draw(
         self, batch_size: int, sequence_length: int, rng: np.random.Generator, pad_left: bool
@@ -283,7 +328,8 @@ class SequenceReplayBuffer(BaseBuffer):
         if not np.isfinite(self.rewards[rows]).all():
             raise ValueError("it has rewards that are not finite")
         self._set_n_added(n_added)
-        self._episodes = self._tokens = None
+        self._episodes = None
+        self.forget_tokens()
 
     def blocks(self, first: int) -> Iterator[tuple[int, int]]:
         """
@@ -335,13 +381,14 @@ class SequenceReplayBuffer(BaseBuffer):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle only what is filled, so that a file is as large as what it holds."""
         state = self.__dict__.copy()
-        state["_tokens"] = None
+        del state["_tokens"], state["_seen"]
         for name in self._arrays:
             state[name] = state[name][: self.size()]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._make_caches()
         for name in self._arrays:
             filled = state[name]
             array = np.zeros((self.buffer_size, *filled.shape[1:]), dtype=filled.dtype)

@@ -16,7 +16,7 @@ import torch as th
 
 from sb3_iris.actor_critic import ActorCritic, sample_categorical
 from sb3_iris.transformer import KVCache
-from sb3_iris.type_aliases import ImaginedTrajectory
+from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory
 from sb3_iris.world_model import WorldModel
 
 Observe = Callable[[th.Tensor], th.Tensor]  # tokens (..., K) int64 to what they stand for, (..., C, H, W) float32
@@ -210,8 +210,7 @@ class ImaginedGame:
 def imagine(
     game: ImaginedGame,
     actor_critic: ActorCritic,
-    tokens: th.Tensor,
-    mask: th.Tensor,
+    contexts: ContextSamples,
     horizon: int,
     temperature: float = 1.0,
 ) -> ImaginedTrajectory:
@@ -220,14 +219,13 @@ def imagine(
 
     :param game: The world model's game.
     :param actor_critic: The policy to play and to be trained.
-    :param tokens: (B, T, K) int64; the last frame of each row is the first of the game, those before it are burnt in
-    :param mask: (B, T) bool, False where padded on the left; the last column is True
+    :param contexts: First frames of the games, and those before them, which are burnt in.
     :param horizon: Steps to imagine, at least 2.
     :param temperature: Temperature of the policy's sampling; 0 takes the most likely action.
     :return: What was imagined.
     """
-    state = actor_critic.burn_in(game.observe(tokens[:, :-1]), mask[:, :-1])
-    frames: th.Tensor | None = game.reset(tokens[:, -1])
+    state = actor_critic.burn_in(contexts.seen, contexts.mask)
+    frames: th.Tensor | None = game.reset(contexts.tokens)
     steps = []
     for t in range(horizon):
         assert frames is not None

@@ -285,6 +285,7 @@ class IRIS(SavingAlgorithm):
     def train(self) -> None:
         """One training phase: gradient steps of each network whose start has been reached (Sec. 2 and App. A of the paper)."""
         policy = self.policy
+        self.replay_buffer.forget_seen()
         self._update_learning_rate([getattr(policy, f"{name}_optimizer") for name in NETWORKS])
         losses: dict[str, Callable[[], tuple[th.Tensor, Logs]]] = {
             "tokenizer": self._tokenizer_loss,
@@ -342,11 +343,12 @@ class IRIS(SavingAlgorithm):
         return self.policy.world_model.loss(*samples)
 
     def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
-        samples = self.replay_buffer.sample_tokens(
-            self.actor_critic_batch_size, self.burn_in + 1, self._rng, self._encode, pad_left=True
+        observe = self.policy.observe
+        contexts = self.replay_buffer.sample_contexts(
+            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, observe
         )
-        game = ImaginedGame(self.policy.observe, self.policy.world_model)
-        trajectory = imagine(game, self.policy.actor_critic, samples.tokens, samples.mask, self.imagination_horizon)
+        game = ImaginedGame(observe, self.policy.world_model)
+        trajectory = imagine(game, self.policy.actor_critic, contexts, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
 
     def learn(

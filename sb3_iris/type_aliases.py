@@ -38,6 +38,16 @@ class TokenSamples(NamedTuple):
     mask: th.Tensor  # (B, T) bool
 
 
+class ContextSamples(NamedTuple):
+    """A batch of frames to imagine from, and what came before each of them."""
+
+    tokens: th.Tensor  # (B, K) int64 in [0, V)
+    seen: (
+        th.Tensor
+    )  # (B, T, C, H, W) float32, what the actor-critic sees of the T frames before; zeros where the mask is False
+    mask: th.Tensor  # (B, T) bool, False where there was no frame
+
+
 class QuantizerOutput(NamedTuple):
     """Encoder outputs snapped to the codebook."""
 

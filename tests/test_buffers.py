@@ -271,25 +271,42 @@ def test_samples_are_copies() -> None:
     n_more=st.integers(0, 30),
     steps_per_env=st.integers(1, 30),
     sequence_length=st.integers(1, 12),
-    pad_left=st.booleans(),
+    seen_bytes=st.integers(0, 2_000),
     forget=st.booleans(),
 )
-def test_sample_tokens(
-    scripts: list[Script], n_steps: int, n_more: int, steps_per_env: int, sequence_length: int, pad_left: bool, forget: bool
+def test_sample_tokens_and_contexts(
+    scripts: list[Script], n_steps: int, n_more: int, steps_per_env: int, sequence_length: int, seen_bytes: int, forget: bool
 ) -> None:
-    """The segments of ``sample``, encoded; also once steps were overwritten, or the tokenizer has changed."""
+    """
+    The segments of ``sample``, encoded, and what is seen of those that end with a frame; also once steps were overwritten, the
+    tokenizer has changed, or not all that was seen is kept.
+    """
     history = play(scripts, n_steps + n_more)
-    buffer = make_buffer([steps[:n_steps] for steps in history], steps_per_env)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("sb3_iris.buffers.SEEN_BYTES", seen_bytes)
+        buffer = make_buffer([steps[:n_steps] for steps in history], steps_per_env)
     shift = 1
 
     def encode(observations: np.ndarray) -> th.Tensor:
         assert observations.dtype == np.uint8
         return th.as_tensor(observations).flatten(1).long() + shift
 
+    def observe(tokens: th.Tensor) -> th.Tensor:
+        assert tokens.dtype == th.int64
+        return tokens.unflatten(1, (1, 1, -1)) / 8
+
     for seed in range(3):
         rng, same_rng = np.random.default_rng(seed), np.random.default_rng(seed)
-        samples = buffer.sample_tokens(8, sequence_length, rng, encode, pad_left)
-        expected = buffer.sample(8, sequence_length, same_rng, pad_left)
+        contexts = buffer.sample_contexts(8, sequence_length - 1, rng, encode, observe)
+        expected = buffer.sample(8, sequence_length, same_rng, pad_left=True)
+        expected_tokens = (expected.observations.flatten(2).long() + shift) * expected.mask.unsqueeze(-1)
+        assert th.equal(contexts.tokens, expected_tokens[:, -1])
+        assert th.equal(contexts.seen, expected_tokens[:, :-1].unflatten(2, (1, 1, -1)) / 8)
+        assert th.equal(contexts.mask, expected.mask[:, :-1])
+        assert contexts.tokens.dtype == th.int64 and contexts.seen.dtype == th.float32
+
+        samples = buffer.sample_tokens(8, sequence_length, rng, encode)
+        expected = buffer.sample(8, sequence_length, same_rng)
         expected_tokens = (expected.observations.flatten(2).long() + shift) * expected.mask.unsqueeze(-1)
         assert samples.tokens.dtype == th.int64
         assert th.equal(samples.tokens, expected_tokens)
@@ -329,9 +346,18 @@ def test_frames_are_encoded_once() -> None:
 
     encoded.clear()
     buffer.forget_tokens()
+    decoded: list[tuple[int, ...]] = []
+
+    def observe(tokens: th.Tensor) -> th.Tensor:
+        decoded.extend(map(tuple, tokens.tolist()))
+        return tokens.unflatten(1, (1, 1, -1)).float()
+
     for _ in range(5):
         buffer.sample_tokens(1_000, 10, rng, encode)
+        buffer.sample_contexts(1_000, 9, rng, encode, observe)
     assert len(encoded) == 1 + 2 * 200
+    n_burnt_in = 20 * 9 + 4 * 49  # all frames but the last one of each episode
+    assert len(decoded) - 1 == len(set(decoded[1:])) == n_burnt_in
 
 
 def test_tokens_are_not_pickled() -> None:

@@ -5,6 +5,7 @@ from sb3_iris.actor_critic import ActorCritic, actor_critic_loss, sample_categor
 from sb3_iris.imagination import ImaginedGame, imagine
 from sb3_iris.tokenizer import Tokenizer
 from sb3_iris.transformer import KVCache
+from sb3_iris.type_aliases import ContextSamples
 from sb3_iris.world_model import WorldModel
 
 V, A, K, CONTEXT = 6, 3, 4, 4  # codes, actions, tokens per frame, steps in the world model's context
@@ -56,9 +57,15 @@ def full_mask(B: int, T: int) -> th.Tensor:
     return th.ones(B, T, dtype=th.bool)
 
 
+def contexts(networks: Networks, tokens: th.Tensor, mask: th.Tensor | None = None) -> ContextSamples:
+    """From tokens (B, T, K): the last frame of each row to imagine from, those before it to burn in."""
+    mask = full_mask(*tokens.shape[:2]) if mask is None else mask
+    return ContextSamples(tokens[:, -1], networks.tokenizer.decode(tokens[:, :-1]), mask[:, :-1])
+
+
 @pytest.mark.parametrize("B, T, horizon", [(1, 1, 2), (3, 1, 9), (2, 4, CONTEXT), (2, 6, 5)])
 def test_shapes_and_domains(networks: Networks, B: int, T: int, horizon: int) -> None:
-    trajectory = imagine(networks.game(), networks.actor_critic, th.randint(V, (B, T, K)), full_mask(B, T), horizon)
+    trajectory = imagine(networks.game(), networks.actor_critic, contexts(networks, th.randint(V, (B, T, K))), horizon)
     for column in (trajectory.actions, trajectory.rewards, trajectory.ends, trajectory.values):
         assert column.shape == (B, horizon)
     assert trajectory.logits.shape == (B, horizon, A)
@@ -68,14 +75,14 @@ def test_shapes_and_domains(networks: Networks, B: int, T: int, horizon: int) ->
 
 
 def test_all_rewards_and_ends_occur(networks: Networks) -> None:
-    trajectory = imagine(networks.game(), networks.actor_critic, th.randint(V, (64, 1, K)), full_mask(64, 1), 8)
+    trajectory = imagine(networks.game(), networks.actor_critic, contexts(networks, th.randint(V, (64, 1, K))), 8)
     assert trajectory.rewards.unique().tolist() == [-1, 0, 1]
     assert trajectory.ends.unique().tolist() == [False, True]
     assert trajectory.actions.unique().tolist() == [0, 1, 2]
 
 
 def test_gradients_reach_the_actor_critic_alone(networks: Networks) -> None:
-    trajectory = imagine(networks.game(), networks.actor_critic, th.randint(V, (4, 3, K)), full_mask(4, 3), horizon=5)
+    trajectory = imagine(networks.game(), networks.actor_critic, contexts(networks, th.randint(V, (4, 3, K))), horizon=5)
     loss, _ = actor_critic_loss(trajectory, gamma=0.9, gae_lambda=0.9, ent_coef=0.01)
     loss.backward()
     assert all(p.grad is None for p in (*networks.tokenizer.parameters(), *networks.world_model.parameters()))
@@ -150,7 +157,7 @@ def test_horizon_of_the_context_fills_the_cache(
     n_positions: list[int] = []
     networks.world_model.transformer.register_forward_pre_hook(lambda module, inputs: n_positions.append(inputs[0].shape[1]))
     game = networks.game()
-    imagine(game, networks.actor_critic, th.randint(V, (2, 1, tokens_per_frame)), full_mask(2, 1), horizon)
+    imagine(game, networks.actor_critic, contexts(networks, th.randint(V, (2, 1, tokens_per_frame))), horizon)
     assert len(positions_at_reset) == expected_resets
     # one pass per step with its action, one per token of the next frame but the first; the last step has no next frame
     assert len(n_positions) == horizon + (horizon - 1) * (tokens_per_frame - 1)
@@ -164,9 +171,9 @@ def test_horizon_of_the_context_fills_the_cache(
 @th.no_grad()
 def test_temperature_zero_of_the_policy(networks: Networks) -> None:
     tokens = th.randint(V, (16, 1, K))
-    trajectory = imagine(networks.game(), networks.actor_critic, tokens, full_mask(16, 1), horizon=6, temperature=0)
+    trajectory = imagine(networks.game(), networks.actor_critic, contexts(networks, tokens), horizon=6, temperature=0)
     assert th.equal(trajectory.actions, trajectory.logits.argmax(-1))
-    sampled = imagine(networks.game(), networks.actor_critic, tokens, full_mask(16, 1), horizon=6, temperature=1)
+    sampled = imagine(networks.game(), networks.actor_critic, contexts(networks, tokens), horizon=6, temperature=1)
     assert not th.equal(sampled.actions, sampled.logits.argmax(-1))
 
 
@@ -184,7 +191,7 @@ def test_policy_sees_decoded_frames_only(networks: Networks) -> None:
 
     tokens = th.randint(V, (2, 3, K))
     game = SpyGame(networks.tokenizer.decode, networks.world_model)
-    trajectory = imagine(game, networks.actor_critic, tokens, full_mask(2, 3), horizon=5)
+    trajectory = imagine(game, networks.actor_critic, contexts(networks, tokens), horizon=5)
     decode = networks.tokenizer.decode
     burn_in, *played = seen
     assert th.equal(burn_in, 2 * decode(tokens[:, :2]).flatten(0, 1) - 1)
@@ -206,9 +213,9 @@ def test_padded_steps_are_not_burnt_in(networks: Networks) -> None:
     mask = full_mask(2, 5)
     mask[:, :2] = False
     game = networks.game(temperature=0)
-    padded = imagine(game, networks.actor_critic, tokens, mask, horizon=4, temperature=0)
-    short = imagine(game, networks.actor_critic, tokens[:, 2:], mask[:, 2:], horizon=4, temperature=0)
-    watched = imagine(game, networks.actor_critic, tokens, full_mask(2, 5), horizon=4, temperature=0)
+    padded = imagine(game, networks.actor_critic, contexts(networks, tokens, mask), horizon=4, temperature=0)
+    short = imagine(game, networks.actor_critic, contexts(networks, tokens[:, 2:]), horizon=4, temperature=0)
+    watched = imagine(game, networks.actor_critic, contexts(networks, tokens), horizon=4, temperature=0)
     for column, expected in zip(padded, short, strict=True):
         th.testing.assert_close(column, expected)
     assert not th.allclose(padded.logits, watched.logits)

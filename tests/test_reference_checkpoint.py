@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sb3_iris import IRIS
 from sb3_iris.actor_critic import actor_critic_loss, lambda_returns
 from sb3_iris.imagination import ImaginedGame, imagine
-from sb3_iris.type_aliases import ImaginedTrajectory, LSTMState
+from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, LSTMState
 
 DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-4  # of the largest absolute value of an array
@@ -252,7 +252,9 @@ def test_imagination(model: IRIS, arrays: StateDict) -> None:
 
     game = SpyGame(policy.observe, policy.world_model, temperature=0)
     horizon = model.sequence_length + 3
-    trajectory = imagine(game, policy.actor_critic, arrays["tokens"], arrays["in_mask_left"], horizon, temperature=0)
+    tokens_before, mask_before = arrays["tokens"][:, :-1], arrays["in_mask_left"][:, :-1]
+    contexts = ContextSamples(arrays["tokens"][:, -1], policy.observe(tokens_before), mask_before)
+    trajectory = imagine(game, policy.actor_critic, contexts, horizon, temperature=0)
     assert th.equal(trajectory.actions, arrays["im_actions"])
     assert th.equal(trajectory.rewards, arrays["im_rewards"])
     assert th.equal(trajectory.ends, arrays["im_ends"])

@@ -1,0 +1,62 @@
+"""Keeps what networks make of single frames, for as long as the networks stay as they are; knows neither."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+TOGETHER = 256  # frames handled in one pass; bounds the memory that it takes
+
+
+class FrameCache:
+    """
+    Results by the index of a frame, each computed when it is first asked for.
+
+    :param n_frames: Number of frames there can be.
+    :param max_bytes: Most memory to keep results in: if it does not hold those of all frames, it is the first ones that are
+        kept, and the others are computed anew each time.
+    """
+
+    def __init__(self, n_frames: int, max_bytes: float = math.inf) -> None:
+        self.n_frames = n_frames
+        self.max_bytes = max_bytes
+        self._results: np.ndarray | None = None  # (kept, ...); memory is taken as it fills
+        self._known = np.zeros(0, dtype=bool)  # (kept,)
+
+    def clear(self) -> None:
+        """Forget all results."""
+        self._results = None
+
+    def forget(self, index: int) -> None:
+        """
+        :param index: Frame that has become another one.
+        """
+        if self._results is not None and index < len(self._known):
+            self._known[index] = False
+
+    def get(self, indices: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """
+        :param indices: (n,) int64, at least one, repeated ones welcome
+        :param compute: Gives the results of frames, (m,) int64 indices to (m, ...).
+        :return: (n, ...)
+        """
+        unique, inverse = np.unique(indices, return_inverse=True)
+        if self._results is None:
+            result = compute(unique[:1])
+            n_kept = int(min(self.n_frames, self.max_bytes // result.nbytes))
+            self._results = np.empty((n_kept, *result.shape[1:]), dtype=result.dtype)
+            self._known = np.zeros(n_kept, dtype=bool)
+        n_kept = len(self._known)
+        n_inside = np.searchsorted(unique, n_kept)  # they are sorted: those that can be kept come first
+        known = np.zeros(len(unique), dtype=bool)
+        known[:n_inside] = self._known[unique[:n_inside]]
+        results = np.empty((len(unique), *self._results.shape[1:]), dtype=self._results.dtype)
+        results[known] = self._results[unique[known]]
+        (missing,) = np.nonzero(~known)
+        for first in range(0, len(missing), TOGETHER):
+            part = missing[first : first + TOGETHER]
+            results[part] = compute(unique[part])
+        new = missing[missing < n_inside]
+        self._results[unique[new]] = results[new]
+        self._known[unique[new]] = True
+        return results[inverse]
