@@ -5,6 +5,10 @@ IRIS against PPO, DQN, QR-DQN and RecurrentPPO: the same environment, number of 
     python benchmarks/compare.py --env Pong --steps 100000 --algos iris dqn --seeds 0 1 2 --out runs/compare_pong
 
 ``--env`` is a game of MinAtar or an Atari game. Settings are those of ``iris.yml`` and ``baselines.yml`` in ``hyperparams/``.
+``--set`` changes single settings of IRIS, for an ablation::
+
+    python benchmarks/compare.py --algos iris --set policy_kwargs.actor_critic_input=frames --out runs/frames
+
 Writes ``compare.md`` and the curves into ``--out``. The same command goes on after an interruption: finished runs stay, others
 begin anew. ``--report`` writes the report of what is there and runs nothing.
 """
@@ -121,6 +125,24 @@ def settings(algo: str, env: str) -> dict[str, Any]:
     return yaml.safe_load((HERE / "hyperparams" / "baselines.yml").read_text())["minatar" if kind == "MinAtar" else "atari"][
         algo
     ]
+
+
+def change(config: dict[str, Any], assignment: str) -> None:
+    """
+    Change one setting.
+
+    :param config: Settings.
+    :param assignment: Name, ``=`` and a value in YAML; dots lead into settings that are dicts, as in ``policy_kwargs.n_layers=3``.
+    :raises ValueError: If it is of another form.
+    """
+    path, equals, value = assignment.partition("=")
+    *folders, name = path.split(".")
+    if not equals or not all((*folders, name)):
+        raise ValueError(f"--set {assignment}: give NAME=VALUE, for instance ent_coef=0.01")
+    for folder in folders:
+        config[folder] = dict(config.get(folder) or {})  # a copy, as sections of the file share them
+        config = config[folder]
+    config[name] = yaml.safe_load(value)
 
 
 def make_env(env: str, n_envs: int, seed: int, evaluation: bool, frame_stack: int = 1, sign_rewards: bool = False) -> VecEnv:
@@ -262,6 +284,7 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--steps", type=int, default=10_000, help="env steps a run (default: 10000)")
     parser.add_argument("--eval-games", type=int, default=100, help="games after training (default: 100)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of IRIS that differ, in YAML")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     runs.add_arguments(parser)
     args = parser.parse_args()
@@ -277,7 +300,10 @@ def main() -> int:
         for seed in dict.fromkeys(args.seeds):
             for algo in dict.fromkeys(args.algos):
                 spec = {"benchmark": "compare", "agent": algo, "env": args.env, "seed": seed, "steps": args.steps}
-                spec |= {"eval_games": args.eval_games, "config": settings(algo, args.env)}
+                config = dict(settings(algo, args.env))
+                for assignment in args.set if algo == "iris" else []:
+                    change(config, assignment)
+                spec |= {"eval_games": args.eval_games, "config": config}
                 specs[args.out / algo / f"seed_{seed}"] = spec
         runs.check(specs)
         if args.ray_address:

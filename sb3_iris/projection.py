@@ -37,8 +37,8 @@ def projected_days(model: "IRIS", n_steps: int = 100_000) -> float:
     decode = seconds(lambda: tokenizer.decode(tokens[:, 0]))
     observe = 0 if model.policy.actor_critic.sees_codes else decode
     read = seconds(lambda: model.policy.world_model(tokens, tokens[:, :, 0]))
-    # A gradient step costs about three passes. Frames are encoded once, decoded each time; imagining a step costs more than
-    # reading it, and the small actor-critic adds its part
+    # A gradient step costs about three passes. Frames are encoded once; those burnt in count as if each were decoded each
+    # time; imagining a step costs more than reading it, and the small actor-critic adds its part
     per_sample = {
         "tokenizer": 3 * (encode + decode),
         "world_model": 3 * read,

@@ -1,5 +1,6 @@
 """The comparison: the same environments and steps for all algorithms, and a report of what there is."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,17 @@ def test_unknown_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
     with pytest.raises(ValueError, match=message):
         compare.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_change():
+    """Values as in YAML, below others where there are dots; nothing else changes, nor the settings they were copied from."""
+    shared = {"ent_coef": 0.1, "policy_kwargs": {"n_layers": 2, "embed_dim": 64}}
+    config = dict(shared)
+    for assignment in ("policy_kwargs.n_layers=3", "policy_kwargs.image_size=null", "burn_in=4", "a.b=1.5"):
+        compare.change(config, assignment)
+    expected_kwargs = {"n_layers": 3, "embed_dim": 64, "image_size": None}
+    assert config == {"ent_coef": 0.1, "policy_kwargs": expected_kwargs, "burn_in": 4, "a": {"b": 1.5}}
+    assert shared == {"ent_coef": 0.1, "policy_kwargs": {"n_layers": 2, "embed_dim": 64}}
+    for wrong in ("ent_coef", "=3", "policy_kwargs.=3"):
+        with pytest.raises(ValueError, match=re.escape(f"--set {wrong}: give NAME=VALUE")):
+            compare.change(config, wrong)
