@@ -132,7 +132,7 @@ def change(config: dict[str, Any], assignment: str) -> None:
     Change one setting.
 
     :param config: Settings.
-    :param assignment: Name, ``=`` and a value in YAML; dots lead into settings that are dicts, as in ``policy_kwargs.n_layers=3``.
+    :param assignment: Name, ``=`` and a value in YAML; dots lead into dicts, as in ``policy_kwargs.n_layers=3``.
     :raises ValueError: If it is of another form.
     """
     path, equals, value = assignment.partition("=")
