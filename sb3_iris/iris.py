@@ -23,6 +23,7 @@ from sb3_iris.actor_critic import actor_critic_loss, sample_categorical
 from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.checkpoint_callback import RunCheckpointCallback
 from sb3_iris.checkpoints import FolderLock, LearnProgress
+from sb3_iris.held_out import HeldOut
 from sb3_iris.imagination import ImaginedGame, imagine
 from sb3_iris.perceptual_loss import set_up_perceptual_loss
 from sb3_iris.policies import CnnLstmPolicy
@@ -181,6 +182,7 @@ class IRIS(SavingAlgorithm):
         self._resumed = False  # whether the next call of `learn` goes on with the one that a checkpoint was written in
         self._checkpoint_lock: FolderLock | None = None
         self._run_checkpoints: list[RunCheckpointCallback] = []  # those of the running call of `learn`
+        self._held_out = HeldOut()
         self._collapse_warnings = CollapseWarnings()
         if _init_setup_model:
             self.policy_kwargs.setdefault("robust_tokenizer", "auto")
@@ -438,10 +440,11 @@ class IRIS(SavingAlgorithm):
                 n_steps = at.epoch_end - self.num_timesteps  # none if only the training phase of the epoch is still to do
                 if n_steps > 0 and not self.collect_rollouts(callback, n_steps):
                     break
+                self._held_out.look(self, n_steps)
                 progress = self.num_timesteps
             self._update_current_progress_remaining(progress, progress_at_end)
             self.train()
-            self._collapse_warnings.look(self.logger.name_to_value, self.action_space)
+            self._collapse_warnings.look(self.logger.name_to_value, self)
             at.epoch_end = None
             at.final_epochs_left -= is_final
             at.epochs += 1

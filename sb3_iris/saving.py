@@ -101,7 +101,7 @@ class SavingAlgorithm(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         of_this_process = ["_perceptual_loss", "_progress_bar", "_learn_progress", "_resumed", "_checkpoint_lock"]
-        return [*super()._excluded_save_params(), *of_this_process, "_run_checkpoints", "_collapse_warnings"]
+        return [*super()._excluded_save_params(), *of_this_process, "_run_checkpoints", "_held_out", "_collapse_warnings"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", *(f"policy.{name}_optimizer" for name in NETWORKS)], []

@@ -179,8 +179,10 @@ def test_loss_by_hand() -> None:
     returns = lambda_returns(rewards, values.detach(), ends, gamma, gae_lambda)
     loss, logs = actor_critic_loss(ImaginedTrajectory(actions, rewards, ends, values, logits), gamma, gae_lambda, ent_coef)
 
-    policy_terms, value_terms, entropies = [], [], []
+    policy_terms, value_terms, entropies, reward_sums = [], [], [], []
     for b in range(B):
+        n_played = ends[b].tolist().index(True) + 1 if ends[b].any() else T
+        reward_sums.append(rewards[b, :n_played].sum().item())
         for t in range(T - 1):  # all steps but the last
             weights = [math.exp(logit) for logit in logits[b, t].tolist()]
             probabilities = [weight / sum(weights) for weight in weights]
@@ -194,7 +196,7 @@ def test_loss_by_hand() -> None:
     expected = np.mean(policy_terms) + np.mean(value_terms) - ent_coef * np.mean(entropies)
     assert loss.item() == logs["loss"].item() == pytest.approx(expected)
     assert logs["imagined_return"].item() == pytest.approx(returns[:, 0].mean().item())
-    assert logs["imagined_reward"].item() == pytest.approx(rewards.sum().item() / B)
+    assert logs["imagined_reward"].item() == pytest.approx(np.mean(reward_sums))
     assert logs["imagined_ends"].item() == pytest.approx(sum(any(row) for row in ends.tolist()) / B)
     assert logs["value"].item() == pytest.approx(values[:, :-1].mean().item())
     assert not any(value.requires_grad for value in logs.values())
