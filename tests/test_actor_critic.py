@@ -215,6 +215,16 @@ def test_loss_by_hand() -> None:
     th.testing.assert_close(logits.grad[:, :-1], (to_policy + to_entropy)[:, :-1] / n)
 
 
+@pytest.mark.parametrize("ignore", [True, False])
+def test_imagined_reward_ends_with_the_game(ignore: bool) -> None:
+    """The reward of the end itself counts, in the last step as well."""
+    ends = th.tensor([[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=th.bool)
+    rewards = th.tensor([[1.0, 0, 1, -1], [0, 0, 0, -1], [1, -1, -1, -1], [1, 1, 1, 1]])
+    trajectory = ImaginedTrajectory(th.zeros(4, 4, dtype=th.int64), rewards, ends, th.zeros(4, 4), th.zeros(4, 4, 2))
+    _, logs = actor_critic_loss(trajectory, 0.9, 0.95, 0.01, ignore_after_end=ignore)
+    assert logs["imagined_reward"].item() == (2 - 1 + 1 + 4) / 4
+
+
 def test_ignore_after_end_leaves_out_what_follows_the_first_end() -> None:
     """Garbage behind an imagined end changes the default loss, but not the one that ignores it."""
     th.manual_seed(0)

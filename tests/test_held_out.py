@@ -131,10 +131,19 @@ def test_undefined_figures_are_not_logged():
     expected |= {f"imagined_{name}" for name in expected} | {"horizon"}
     assert {key for key in figures if key.startswith("held_out")} == {f"held_out/{name}" for name in expected}
     assert figures["held_out/horizon"] == HORIZON  # five times the context
-    assert figures["held_out/imagined_reward_accuracy"] == figures["held_out/reward_accuracy"] == 1
+    for name in ("reward", "end"):
+        assert figures[f"held_out/imagined_{name}_accuracy"] == figures[f"held_out/{name}_accuracy"] == 1
     figures = look(predicting(1, True, NoReward(length=None)).learn(40), 30)
     assert figures["held_out/reward_precision"] == figures["held_out/imagined_end_precision"] == 0
     assert not any(key.endswith("recall") for key in figures)
+
+
+def test_steps_without_an_event_are_no_hits():
+    """Real rewards and ends that were never predicted: their recall is 0, not the share of steps that are right."""
+    figures = look(predicting(0, False).learn(9 * LENGTH), 8 * LENGTH)
+    for name in ("reward", "end", "imagined_reward", "imagined_end"):
+        assert figures[f"held_out/{name}_recall"] == 0 and f"held_out/{name}_precision" not in figures
+    assert figures["held_out/end_accuracy"] == pytest.approx(1 - 1 / LENGTH)
 
 
 def test_one_step_alone():
