@@ -40,7 +40,7 @@ GAME = "Pong"
 N_STEPS = 100_000  # of the game that is projected
 FINAL_EPOCHS = 100  # training phases after it
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {"policy_kwargs": {"robust_tokenizer": False}},
     "small": {
         "tokenizer_batch_size": 64,
         "world_model_batch_size": 32,
@@ -60,6 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "embed_dim": 64,
             "dropout": 0.0,
             "lstm_hidden_size": 128,
+            "robust_tokenizer": False,
         },
     },
 }

@@ -143,9 +143,9 @@ def actor_critic_loss(
     """
     with th.no_grad():
         returns = lambda_returns(trajectory.rewards, trajectory.values, trajectory.ends, gamma, gae_lambda)[:, :-1]
-        weights = th.ones_like(returns)
-        if ignore_after_end:
-            weights[:, 1:] = (~trajectory.ends[:, :-2]).cumprod(1)
+        going_on = th.ones_like(trajectory.rewards)
+        going_on[:, 1:] = (~trajectory.ends[:, :-1]).cumprod(1)
+        weights = going_on[:, :-1].clone() if ignore_after_end else th.ones_like(returns)
         weights /= weights.sum()
     values = trajectory.values[:, :-1]
     log_probs = F.log_softmax(trajectory.logits[:, :-1], dim=-1)  # (B, T - 1, A)
@@ -161,7 +161,7 @@ def actor_critic_loss(
         "value_loss": value_loss,
         "entropy": entropy,
         "imagined_return": returns[:, 0].mean(),
-        "imagined_reward": trajectory.rewards.sum(1).mean(),
+        "imagined_reward": (trajectory.rewards * going_on).sum(1).mean(),  # up to the end, as in ``real_reward``
         "imagined_ends": trajectory.ends.any(1).float().mean(),
         "value": values.mean(),
     }

@@ -40,7 +40,7 @@ from sb3_iris.checkpoint_folder import (
     write_frames,
 )
 from sb3_iris.type_aliases import NETWORKS
-from sb3_iris.validation import check_hyperparameters, check_policy_kwargs
+from sb3_iris.validation import check_hyperparameters, check_policy_kwargs, takes_argument
 
 if TYPE_CHECKING:
     from sb3_iris.iris import IRIS
@@ -302,6 +302,10 @@ def _check_networks(model: "IRIS", arrays: ArrayFile) -> None:
     """Whether the file has the networks that the arguments describe, before memory is taken for them."""
     check_hyperparameters(model)
     check_policy_kwargs(model.policy_class, model.policy_kwargs)
+    if model.policy_kwargs.get("robust_tokenizer", "auto") == "auto":  # not given again: it is what it was
+        model.policy_kwargs.pop("robust_tokenizer", None)
+        if takes_argument(model.policy_class, "robust_tokenizer"):
+            model.policy_kwargs["robust_tokenizer"] = "policy.tokenizer.quantizer.idle" in arrays.names
     sizes = model.policy_kwargs
     layers = [sizes.get("n_layers", 1), sizes.get("n_res_blocks", 1), len(sizes.get("channel_multipliers", ()))]
     if max(layers) > len(arrays.names) or (sizes.get("image_size") or 0) > 2**12:

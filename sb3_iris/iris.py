@@ -23,8 +23,9 @@ from sb3_iris.actor_critic import actor_critic_loss, sample_categorical
 from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.checkpoint_callback import RunCheckpointCallback
 from sb3_iris.checkpoints import FolderLock, LearnProgress
+from sb3_iris.held_out import HeldOut
 from sb3_iris.imagination import ImaginedGame, imagine
-from sb3_iris.perceptual_loss import make_perceptual_loss
+from sb3_iris.perceptual_loss import set_up_perceptual_loss
 from sb3_iris.policies import CnnLstmPolicy
 from sb3_iris.projection import projected_days
 from sb3_iris.saving import SavingAlgorithm, tuples_to_lists
@@ -73,6 +74,7 @@ class IRIS(SavingAlgorithm):
     :param final_training_epochs: Training phases after the last env step of a call of ``learn``.
     :param perceptual_loss: ``"auto"``: LPIPS if the package ``lpips`` and its weights are there; ``"lpips"``: LPIPS or an
         error; None: none; or a function of frames and reconstructions, (B, C, H, W) on the [-1, 1] scale, whose mean is added.
+        Without one the tokenizer is trained in another way, unless ``policy_kwargs`` have ``robust_tokenizer=False``.
     :param stats_window_size: Episodes over which ``rollout/`` figures are averaged.
     :param tensorboard_log: Folder of the TensorBoard logs; None for none.
     :param policy_kwargs: Sizes of the networks, see ``CnnLstmPolicy``.
@@ -180,8 +182,10 @@ class IRIS(SavingAlgorithm):
         self._resumed = False  # whether the next call of `learn` goes on with the one that a checkpoint was written in
         self._checkpoint_lock: FolderLock | None = None
         self._run_checkpoints: list[RunCheckpointCallback] = []  # those of the running call of `learn`
+        self._held_out = HeldOut()
         self._collapse_warnings = CollapseWarnings()
         if _init_setup_model:
+            self.policy_kwargs.setdefault("robust_tokenizer", "auto")
             self._setup_model()
 
     @classmethod
@@ -195,6 +199,7 @@ class IRIS(SavingAlgorithm):
         if not (isinstance(self.policy_class, type) and issubclass(self.policy_class, CnnLstmPolicy)):
             raise ValueError(f"policy={self.policy_class!r} must be 'CnnPolicy' or a subclass of CnnLstmPolicy")
         check_policy_kwargs(self.policy_class, self.policy_kwargs)
+        self._perceptual_loss = set_up_perceptual_loss(self)
         self.set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
         saved = getattr(self, "replay_buffer", None)  # only when loading, after `save(..., include=["replay_buffer"])`
@@ -204,7 +209,6 @@ class IRIS(SavingAlgorithm):
             self.replay_buffer = SequenceReplayBuffer(
                 self.buffer_size, self.policy.image_space, self.action_space, self.device, n_envs=self.n_envs
             )
-        self._perceptual_loss = make_perceptual_loss(self.perceptual_loss, self.policy.image_space.shape, self.device)
 
     def _make_policy(self) -> CnnLstmPolicy:
         self._setup_lr_schedule()
@@ -437,10 +441,11 @@ class IRIS(SavingAlgorithm):
                 n_steps = at.epoch_end - self.num_timesteps  # none if only the training phase of the epoch is still to do
                 if n_steps > 0 and not self.collect_rollouts(callback, n_steps):
                     break
+                self._held_out.look(self, n_steps)
                 progress = self.num_timesteps
             self._update_current_progress_remaining(progress, progress_at_end)
             self.train()
-            self._collapse_warnings.look(self.logger.name_to_value, self.action_space)
+            self._collapse_warnings.look(self.logger.name_to_value, self)
             at.epoch_end = None
             at.final_epochs_left -= is_final
             at.epochs += 1

@@ -1,12 +1,20 @@
 """The optional perceptual term of the tokenizer's loss: LPIPS on VGG16 features, from weights on disk only."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.utils import get_device
 from torch import nn
+
+from sb3_iris.validation import takes_argument
+
+if TYPE_CHECKING:
+    from sb3_iris.iris import IRIS
 
 # Takes images and their reconstructions, each (B, C, H, W) in [-1, 1]; the mean of what it returns is the loss
 PerceptualLoss = Callable[[th.Tensor, th.Tensor], th.Tensor]
@@ -64,6 +72,7 @@ def make_perceptual_loss(
     perceptual_loss: str | PerceptualLoss | None,
     image_shape: tuple[int, ...],
     device: th.device | str = "auto",
+    robust_tokenizer: bool | str = False,
 ) -> PerceptualLoss | None:
     """
     Turn the ``perceptual_loss`` argument of ``IRIS`` into a function of images and reconstructions. Never uses the network.
@@ -72,6 +81,7 @@ def make_perceptual_loss(
         a warning and no perceptual loss; None for no perceptual loss; or a function, used as it is
     :param image_shape: Shape (C, H, W) of the images that the tokenizer reconstructs, in pixels
     :param device: Device of the tokenizer, on which LPIPS is put
+    :param robust_tokenizer: The tokenizer's, for what the warning says of it
     :return: The function, whose mean is the loss, or None
     """
     if perceptual_loss is None or callable(perceptual_loss):
@@ -100,9 +110,40 @@ def make_perceptual_loss(
         raise ValueError(
             f"perceptual_loss='lpips' is not possible: {reason}. {way_out}; or use perceptual_loss=None."
         ) from cause
+    consequence = {
+        "auto": "and the tokenizer is trained in a way that needs none (robust_tokenizer='auto')",
+        True: "which this tokenizer does not need (robust_tokenizer=True)",
+        False: "and without it the paper's tokenizer loses small moving things (robust_tokenizer=False)",
+    }[robust_tokenizer]
     warnings.warn(
-        f"perceptual_loss='auto': training goes on without LPIPS, unlike in the paper: {reason}. {way_out}; "
+        f"perceptual_loss='auto': training goes on without LPIPS, unlike in the paper, {consequence}: {reason}. {way_out}; "
         "perceptual_loss=None is the same without this warning.",
         stacklevel=2,
     )
     return None
+
+
+def set_up_perceptual_loss(model: "IRIS") -> PerceptualLoss | None:
+    """
+    Make a model's perceptual loss and settle the ``robust_tokenizer`` in its ``policy_kwargs`` where that is ``"auto"``: True
+    if there is no perceptual loss. Files have what was settled, so that their networks are the same on all machines.
+
+    :param model: A model without networks yet.
+    :return: The loss, see ``make_perceptual_loss``.
+    """
+    policy_kwargs, parameters = model.policy_kwargs, inspect.signature(model.policy_class).parameters
+    robust = policy_kwargs.get("robust_tokenizer", False)  # files from before there was "auto" may not have it
+    default = parameters["image_size"].default if "image_size" in parameters else 64
+    image_size = policy_kwargs.get("image_size", default)
+    height, width = model.observation_space.shape[1:]
+    if isinstance(image_size, int | np.integer):  # the policy refuses what is neither that nor None
+        height = width = int(image_size)
+    image_shape = (model.observation_space.shape[0], height, width)
+    loss = make_perceptual_loss(model.perceptual_loss, image_shape, model.device, robust)
+    if robust == "auto":
+        del policy_kwargs["robust_tokenizer"]
+        if takes_argument(model.policy_class, "robust_tokenizer"):
+            policy_kwargs["robust_tokenizer"] = loss is None
+            if model.perceptual_loss is None and model.verbose >= 1:
+                print("perceptual_loss=None: the tokenizer is trained in a way that needs none (robust_tokenizer='auto')")
+    return loss

@@ -40,7 +40,8 @@ class CnnLstmPolicy(BasePolicy):
         resolution of the one before, so an image side must be divisible by 2 ** (levels - 1).
     :param n_res_blocks: Residual blocks per level of the tokenizer's encoder; the decoder has one more.
     :param attention_resolutions: Sides of feature maps at which the tokenizer uses self-attention.
-    :param robust_tokenizer: Whether to train the tokenizer in a way that needs no perceptual loss, see ``Tokenizer``.
+    :param robust_tokenizer: Whether to train the tokenizer in a way that needs no perceptual loss, see ``Tokenizer``;
+        ``"auto"``: where ``IRIS`` has no perceptual loss. After construction its ``policy_kwargs`` say which of the two it is.
     :param n_layers: Transformer blocks of the world model.
     :param n_heads: Attention heads per block.
     :param embed_dim: Embedding size of the world model; a multiple of ``n_heads``.
@@ -69,7 +70,7 @@ class CnnLstmPolicy(BasePolicy):
         channel_multipliers: Sequence[int] = (1, 1, 1, 1, 1),
         n_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (8, 16),
-        robust_tokenizer: bool = False,
+        robust_tokenizer: bool | str = "auto",
         n_layers: int = 10,
         n_heads: int = 4,
         embed_dim: int = 256,
@@ -119,7 +120,7 @@ class CnnLstmPolicy(BasePolicy):
             n_res_blocks,
             attention_resolutions,
             latent_channels,
-            robust_tokenizer,
+            robust_tokenizer is True,  # a policy without an algorithm is not trained
         )
         n_actions = int(action_space.n)
         self.world_model = WorldModel(

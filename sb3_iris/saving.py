@@ -1,6 +1,7 @@
 """All of the algorithm that has to do with files."""
 
 import io
+import json
 import pathlib
 import zipfile
 from typing import Any, BinaryIO, TypeVar
@@ -100,7 +101,7 @@ class SavingAlgorithm(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         of_this_process = ["_perceptual_loss", "_progress_bar", "_learn_progress", "_resumed", "_checkpoint_lock"]
-        return [*super()._excluded_save_params(), *of_this_process, "_run_checkpoints", "_collapse_warnings"]
+        return [*super()._excluded_save_params(), *of_this_process, "_run_checkpoints", "_held_out", "_collapse_warnings"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", *(f"policy.{name}_optimizer" for name in NETWORKS)], []
@@ -124,7 +125,9 @@ class SavingAlgorithm(BaseAlgorithm):
         """
         file = open_path(path, "r", verbose=0, suffix="zip")
         try:
-            names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+            archive = zipfile.ZipFile(file) if zipfile.is_zipfile(file) else None
+            names = [] if archive is None else archive.namelist()
+            data = archive.read("data") if archive is not None and "data" in names and "policy_kwargs" in kwargs else b"{}"
             file.seek(0)
         finally:
             if file is not path:
@@ -135,7 +138,12 @@ class SavingAlgorithm(BaseAlgorithm):
                 "or with IRIS.load_reference_checkpoint if it comes from the authors' program"
             )
         if "policy_kwargs" in kwargs:
-            kwargs["policy_kwargs"] = tuples_to_lists(kwargs["policy_kwargs"] or {})
+            given = tuples_to_lists(kwargs["policy_kwargs"] or {})
+            if given.get("robust_tokenizer", "auto") == "auto":  # it was settled when the model was made
+                given.pop("robust_tokenizer", None)
+                saved = json.loads(data).get("policy_kwargs", {})
+                given |= {name: value for name, value in saved.items() if name == "robust_tokenizer"}
+            kwargs["policy_kwargs"] = given
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     @classmethod
@@ -156,6 +164,8 @@ class SavingAlgorithm(BaseAlgorithm):
         """
         checkpoint = read_reference_checkpoint(path)
         policy_kwargs = {**checkpoint.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {})}
+        if policy_kwargs.get("robust_tokenizer", "auto") == "auto":
+            policy_kwargs["robust_tokenizer"] = False  # as their networks are
         kwargs = {"policy": "CnnPolicy", "sequence_length": checkpoint.sequence_length, **kwargs}
         model = cls(env=env, policy_kwargs=policy_kwargs, **kwargs)
         if model.replay_buffer.n_actions != checkpoint.n_actions:

@@ -276,6 +276,7 @@ class Tokenizer(nn.Module):
         frequencies = quantized.tokens.flatten().bincount(minlength=self.codebook_size) / quantized.tokens.numel()
         logs["codebook_usage"] = (frequencies > 0).float().mean()
         logs["codebook_perplexity"] = th.special.entr(frequencies).sum().exp()
+        logs["varying_positions"] = (quantized.tokens != quantized.tokens[:1]).any(0).float().mean()
         logs["moving_error"] = moving_error(x, x_hat.detach())
         logs["loss"] = loss
         return loss, {name: value.detach() for name, value in logs.items()}

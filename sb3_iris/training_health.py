@@ -3,14 +3,18 @@
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
-from gymnasium import spaces
 
 from sb3_iris.type_aliases import Logs
 
+if TYPE_CHECKING:
+    from sb3_iris.iris import IRIS
+
 ONE_CODE = 1.01  # perplexity of a codebook of which one entry stands for all patches of all frames
+NO_POSITION = 0.01  # share of positions whose token varies over a batch, which one position that varies is well above
+PHASES = 3  # in a row with a sign of a collapse of the tokenizer, which may pass in the first ones
 NO_ENTROPY = 1e-3  # of a policy, as a share of that of uniform play
 
 
@@ -40,26 +44,40 @@ class CollapseWarnings:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
+        self._phases = 0  # in a row in which all frames looked the same
 
-    def look(self, logged: Mapping[str, Any], action_space: spaces.Discrete) -> None:
+    def look(self, logged: Mapping[str, Any], model: "IRIS") -> None:
         """
+        To be called after each training phase.
+
         :param logged: What training phases have logged.
-        :param action_space: The policy's actions.
+        :param model: The model.
         """
         perplexity = logged.get("tokenizer/codebook_perplexity", math.inf)
-        if perplexity < ONE_CODE:
+        varying, moving = logged.get("tokenizer/varying_positions", 1.0), logged.get("tokenizer/moving_error", 0.0)
+        self._phases = self._phases + 1 if perplexity < ONE_CODE or (varying < NO_POSITION and moving > 0) else 0
+        if self._phases >= PHASES:
+            what = f"The codebook is dead: the tokenizer uses one code for everything (perplexity {perplexity:.3f})"
+            if perplexity >= ONE_CODE:
+                what = (
+                    "The tokenizer tells no frames apart: it gives each position of a frame the same code in all frames of a "
+                    f"batch (varying_positions {varying:.3f}), however many codes that are (perplexity {perplexity:.1f})"
+                )
+            way_out = "a smaller learning_rate or a larger tokenizer_batch_size"
+            if not model.policy.tokenizer.robust:
+                way_out = f"policy_kwargs=dict(robust_tokenizer=True), which is made against that, or {way_out}"
             self._warn_once(
                 "codebook",
-                f"The codebook is dead: the tokenizer uses one code for everything (perplexity {perplexity:.3f}), so all "
-                "frames look the same to the world model and the policy. It may recover in the first epochs; if not, try "
-                "policy_kwargs=dict(robust_tokenizer=True), which revives unused codes, or a smaller learning_rate",
+                f"{what}, in the last {PHASES} training phases. So all frames look the same to the world model and the "
+                f"policy, and neither can learn. If that does not change soon, start anew with {way_out}",
             )
-        entropy = logged.get("actor_critic/entropy", math.inf)
-        if action_space.n > 1 and entropy < NO_ENTROPY * math.log(action_space.n):
+        entropy, n_actions = logged.get("actor_critic/entropy", math.inf), model.action_space.n
+        if n_actions > 1 and entropy < NO_ENTROPY * math.log(n_actions):
             self._warn_once(
                 "policy",
                 f"The policy has no entropy left ({entropy:.5f} nats): it always takes the same action in a situation, so it "
-                "finds nothing new and its gradient vanishes. Raise ent_coef, or lower learning_rate",
+                "finds nothing new and its gradient vanishes. Unless the game is solved, start anew with a larger ent_coef or "
+                "a smaller learning_rate",
             )
 
     def _warn_once(self, what: str, message: str) -> None:

@@ -170,6 +170,16 @@ def check_hyperparameters(model: "IRIS") -> None:
         )
 
 
+def takes_argument(policy_class: type, name: str) -> bool:
+    """
+    :param policy_class: Class of a policy.
+    :param name: Name of an argument.
+    :return: Whether its constructor takes it.
+    """
+    parameters = inspect.signature(policy_class).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
 def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> None:
     """
     :param policy_class: Class of the policy.
@@ -180,7 +190,9 @@ def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> No
     # These come from the constructor's own arguments
     own = ("observation_space", "action_space", "lr_schedule", "sequence_length", "weight_decay", "eval_temperature")
     known = [name for name in parameters if name not in own]
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     for name, value in policy_kwargs.items():
-        if name in own or not (name in parameters or takes_any):
+        settled_later = name == "robust_tokenizer" and value == "auto"  # and left out if the policy has no such argument
+        if name in own or not (takes_argument(policy_class, name) or settled_later):
             raise ValueError(f"policy_kwargs has {name}={value!r}, but its names must be among {', '.join(known)}")
+        if name == "robust_tokenizer" and not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
+            raise ValueError(f"robust_tokenizer={value!r} must be True, False or 'auto'")

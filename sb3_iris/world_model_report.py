@@ -1,5 +1,6 @@
 """How far the learned game can be trusted, by the number of steps imagined."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -8,6 +9,7 @@ import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_iris.imagination import ImaginedGame
 from sb3_iris.validation import check_positive
 from sb3_iris.world_model_env import make_game, warn_if_untrained
 
@@ -106,10 +108,11 @@ def world_model_report(
     generator = th.Generator(model.policy.device).manual_seed(seed)
     episodes = _play(model, env, n_steps, rng, seed)
     starts = [(episode, t) for episode in episodes for t in range(len(episode.actions))]
-    sums = np.zeros((horizon, len(_SUMS)))
+    sums = np.zeros((horizon, len(SUMS)))
     for first in range(0, len(starts), batch_size):
-        sums += _measure(model, starts[first : first + batch_size], horizon, temperature, kept_frames, generator)
-    total = dict(zip(_SUMS, sums.T, strict=True))
+        game = make_game(model, temperature, generator, kept_frames)
+        sums += measure(model, game, starts[first : first + batch_size], range(1, horizon + 1))
+    total = dict(zip(SUMS, sums.T, strict=True))
 
     def ratio(part: str, whole: str) -> np.ndarray:
         return np.divide(total[part], total[whole], out=np.full(horizon, np.nan), where=total[whole] > 0)
@@ -127,15 +130,16 @@ def world_model_report(
     )
 
 
-# What `_measure` adds up over segments, by horizon
-_SUMS = (
+# What `measure` adds up over segments, by horizon
+SUMS = (
     *("steps", "frames", "frame_error", "repeat_error", "reconstruction_error", "token_accuracy"),
     *("right_rewards", "imagined_rewards", "real_rewards", "right_ends", "imagined_ends", "real_ends"),
+    *("same_rewards", "same_ends"),  # also where there is none
 )
 
 
-class _Episode(NamedTuple):
-    """One real episode; the frame after its last action is not known."""
+class Episode(NamedTuple):
+    """A real episode or a part of one; the frame after its last action is not known."""
 
     images: np.ndarray  # (T, C, H, W) uint8 of the model's size
     actions: np.ndarray  # (T,)
@@ -143,7 +147,7 @@ class _Episode(NamedTuple):
     ends: np.ndarray  # (T,) bool, terminations
 
 
-def _play(model: "IRIS", env: GymEnv, n_steps: int, rng: np.random.Generator, seed: int) -> list[_Episode]:
+def _play(model: "IRIS", env: GymEnv, n_steps: int, rng: np.random.Generator, seed: int) -> list[Episode]:
     """Real episodes; those still running after ``n_steps`` are cut there."""
     vec_env = type(model)._wrap_env(maybe_make_env(env, 0), monitor_wrapper=False)
     if vec_env.action_space != model.action_space:
@@ -157,7 +161,7 @@ def _play(model: "IRIS", env: GymEnv, n_steps: int, rng: np.random.Generator, se
     observations, state = np.asarray(vec_env.reset()), None
     starts = np.ones(vec_env.num_envs, dtype=bool)
     running: list[list[tuple]] = [[] for _ in starts]
-    episodes: list[_Episode] = []
+    episodes: list[Episode] = []
     for _ in range(0, n_steps, vec_env.num_envs):
         actions, state = model.predict(observations, state, starts, deterministic=False)
         explore = rng.random(len(actions)) < 0.1
@@ -168,25 +172,25 @@ def _play(model: "IRIS", env: GymEnv, n_steps: int, rng: np.random.Generator, se
             end = starts[n] and not infos[n].get("TimeLimit.truncated", False)
             steps.append((images[n], actions[n], rewards[n], end))
             if starts[n]:
-                episodes.append(_Episode(*map(np.stack, zip(*steps, strict=True))))
+                episodes.append(Episode(*map(np.stack, zip(*steps, strict=True))))
                 steps.clear()
-    episodes += [_Episode(*map(np.stack, zip(*steps, strict=True))) for steps in running if steps]
+    episodes += [Episode(*map(np.stack, zip(*steps, strict=True))) for steps in running if steps]
     model.policy._generator.set_state(policy_stream)
     return episodes
 
 
 @th.no_grad()
-def _measure(
-    model: "IRIS",
-    starts: list[tuple[_Episode, int]],
-    horizon: int,
-    temperature: float,
-    kept_frames: int | None,
-    generator: th.Generator,
-) -> np.ndarray:
-    """Imagine from some frames of episodes; the sums named in ``_SUMS`` by horizon."""
+def measure(model: "IRIS", game: ImaginedGame, starts: list[tuple[Episode, int]], horizons: Sequence[int]) -> np.ndarray:
+    """
+    Imagine how episodes go on from some of their frames under the real actions, and compare.
+
+    :param model: The model.
+    :param game: Its game, not started yet.
+    :param starts: Episodes and the step of each to start from.
+    :param horizons: Numbers of imagined steps after which to compare, rising.
+    :return: (horizons, sums) float64, added up over ``starts``; ``SUMS`` names the columns.
+    """
     policy = model.policy
-    game = make_game(model, temperature, generator, kept_frames)
 
     def real(column: int, t: int) -> np.ndarray:
         """Step t of each segment, the episode's last one where it is over by then."""
@@ -196,9 +200,11 @@ def _measure(
     first_frames = policy.to_frames(real(0, 0))
     game.reset(policy.tokenizer.encode(first_frames))
     sums = []
-    for t in range(horizon):
-        played = left > t
+    for t in range(max(horizons)):
         rewards, ends, frames = game.step(th.as_tensor(real(1, t), device=policy.device))
+        if t + 1 not in horizons:
+            continue
+        played = left > t
         assert frames is not None
         real_frames = policy.to_frames(real(0, t + 1))
         real_tokens = policy.tokenizer.encode(real_frames)
@@ -223,6 +229,8 @@ def _measure(
                 (stops & real_stops).sum(),
                 stops.sum(),
                 real_stops.sum(),
+                (played & (signs == real_signs)).sum(),
+                (played & (stops == real_stops)).sum(),
             )
         )
     return np.array(sums, dtype=np.float64)

@@ -25,6 +25,7 @@ SIZES = {
     "n_heads": 2,
     "embed_dim": 16,
     "lstm_hidden_size": 16,
+    "robust_tokenizer": False,
 }
 SETTINGS = {
     "buffer_size": 300,

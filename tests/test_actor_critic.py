@@ -179,8 +179,10 @@ def test_loss_by_hand() -> None:
     returns = lambda_returns(rewards, values.detach(), ends, gamma, gae_lambda)
     loss, logs = actor_critic_loss(ImaginedTrajectory(actions, rewards, ends, values, logits), gamma, gae_lambda, ent_coef)
 
-    policy_terms, value_terms, entropies = [], [], []
+    policy_terms, value_terms, entropies, reward_sums = [], [], [], []
     for b in range(B):
+        n_played = ends[b].tolist().index(True) + 1 if ends[b].any() else T
+        reward_sums.append(rewards[b, :n_played].sum().item())
         for t in range(T - 1):  # all steps but the last
             weights = [math.exp(logit) for logit in logits[b, t].tolist()]
             probabilities = [weight / sum(weights) for weight in weights]
@@ -194,7 +196,7 @@ def test_loss_by_hand() -> None:
     expected = np.mean(policy_terms) + np.mean(value_terms) - ent_coef * np.mean(entropies)
     assert loss.item() == logs["loss"].item() == pytest.approx(expected)
     assert logs["imagined_return"].item() == pytest.approx(returns[:, 0].mean().item())
-    assert logs["imagined_reward"].item() == pytest.approx(rewards.sum().item() / B)
+    assert logs["imagined_reward"].item() == pytest.approx(np.mean(reward_sums))
     assert logs["imagined_ends"].item() == pytest.approx(sum(any(row) for row in ends.tolist()) / B)
     assert logs["value"].item() == pytest.approx(values[:, :-1].mean().item())
     assert not any(value.requires_grad for value in logs.values())
@@ -211,6 +213,16 @@ def test_loss_by_hand() -> None:
     to_policy = (returns - values.detach()).unsqueeze(-1) * (probabilities_ - F.one_hot(actions, 4))
     to_entropy = ent_coef * probabilities_ * (log_probabilities + entropy)
     th.testing.assert_close(logits.grad[:, :-1], (to_policy + to_entropy)[:, :-1] / n)
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+def test_imagined_reward_ends_with_the_game(ignore: bool) -> None:
+    """The reward of the end itself counts, in the last step as well."""
+    ends = th.tensor([[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=th.bool)
+    rewards = th.tensor([[1.0, 0, 1, -1], [0, 0, 0, -1], [1, -1, -1, -1], [1, 1, 1, 1]])
+    trajectory = ImaginedTrajectory(th.zeros(4, 4, dtype=th.int64), rewards, ends, th.zeros(4, 4), th.zeros(4, 4, 2))
+    _, logs = actor_critic_loss(trajectory, 0.9, 0.95, 0.01, ignore_after_end=ignore)
+    assert logs["imagined_reward"].item() == (2 - 1 + 1 + 4) / 4
 
 
 def test_ignore_after_end_leaves_out_what_follows_the_first_end() -> None:

@@ -28,7 +28,8 @@ COMMON = {
 }
 NOT_IN_TENSORBOARD = {"time/episodes", "time/time_elapsed", "time/total_timesteps", "train/n_updates"}  # as in SB3
 OF_NETWORKS = {
-    "tokenizer": "loss reconstruction_loss codebook_loss commitment_loss codebook_usage codebook_perplexity moving_error",
+    "tokenizer": "loss reconstruction_loss codebook_loss commitment_loss codebook_usage codebook_perplexity varying_positions "
+    "moving_error",
     "world_model": "loss token_loss reward_loss end_loss token_accuracy reward_accuracy end_accuracy",
     "actor_critic": "loss policy_gradient_loss value_loss entropy imagined_return value",
 }

@@ -8,7 +8,9 @@ import pytest
 import torch as th
 from torch import nn
 
+from sb3_iris import IRIS, CnnLstmPolicy
 from sb3_iris.perceptual_loss import VGG16_FILE, LpipsLoss, make_perceptual_loss
+from tests.presets import SETTINGS, SIZES, FrameEnv, assert_equal, parameters
 
 IMAGE_SHAPE = (3, 64, 64)
 
@@ -219,3 +221,120 @@ def test_true_lpips(weights_path):
         grey = loss(x[:, :1], x_hat[:, :1])
         th.testing.assert_close(grey, loss(x[:, :1].repeat(1, 3, 1, 1), x_hat[:, :1].repeat(1, 3, 1, 1)))
         assert loss(x[..., :16, :16], x_hat[..., :16, :16]) > 0  # the smallest side
+
+
+# --- robust_tokenizer="auto" ---------------------------------------------------------------------------------------------
+
+AS_GIVEN = {name: value for name, value in SIZES.items() if name != "robust_tokenizer"} | {"image_size": 16}
+
+
+def make_model(perceptual_loss="auto", policy="CnnPolicy", **kwargs) -> IRIS:
+    settings = {**SETTINGS, "perceptual_loss": perceptual_loss, "verbose": kwargs.pop("verbose", 0)}
+    return IRIS(policy, FrameEnv(), policy_kwargs={**AS_GIVEN, **kwargs}, **settings)
+
+
+def is_robust(model: IRIS) -> bool:
+    """Whether the networks and what is said of them agree, too."""
+    robust = model.policy.tokenizer.robust
+    assert model.policy_kwargs["robust_tokenizer"] is model.policy._arguments["robust_tokenizer"] is robust
+    assert ("tokenizer.quantizer.idle" in model.policy.state_dict()) == robust
+    return robust
+
+
+@pytest.mark.parametrize("explicit", [None, "auto", True, False])
+def test_robust_exactly_without_a_perceptual_loss(fake_lpips, weights_path, explicit):
+    given = {} if explicit is None else {"robust_tokenizer": explicit}
+    automatic = explicit in (None, "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert is_robust(make_model("auto", **given)) is (False if automatic else explicit)
+        assert is_robust(make_model("lpips", **given)) is (False if automatic else explicit)
+        assert is_robust(make_model(nn.functional.mse_loss, **given)) is (False if automatic else explicit)
+        assert is_robust(make_model(None, **given)) is (True if automatic else explicit)
+    weights_path.unlink()
+    words = {True: "this tokenizer does not need", False: "the paper's tokenizer loses small moving things"}
+    with pytest.warns(UserWarning, match="without LPIPS") as caught:
+        assert is_robust(make_model("auto", **given)) is (True if automatic else explicit)
+    assert len(caught) == 1
+    expected = "is trained in a way that needs none (robust_tokenizer='auto')" if automatic else words[explicit]
+    assert expected in str(caught[0].message)
+
+
+def test_images_too_small_for_lpips_are_without(fake_lpips):
+    """By the networks' size, which the environment's or ``image_size`` gives."""
+    with pytest.warns(UserWarning, match="8x8 pixels are too small"):
+        assert is_robust(make_model("auto", image_size=8))
+    with pytest.warns(UserWarning, match="8x8 pixels are too small"):
+        assert is_robust(make_model("auto", image_size=None))
+
+
+def test_none_is_said_at_verbose_only(capsys):
+    make_model(None)
+    make_model(None, robust_tokenizer=True, verbose=1)
+    assert "robust_tokenizer" not in capsys.readouterr().out
+    make_model(None, verbose=1)
+    assert capsys.readouterr().out.count("robust_tokenizer='auto'") == 1
+
+
+@pytest.mark.parametrize("value", ["Auto", "", 1, 0, None, [True]])
+def test_robust_tokenizer_is_checked(value):
+    with pytest.raises(ValueError, match="must be True, False or 'auto'") as error:
+        make_model(None, robust_tokenizer=value)
+    assert f"robust_tokenizer={value!r}" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:perceptual_loss")
+@pytest.mark.parametrize("with_lpips_first", [True, False])
+@pytest.mark.parametrize("way", ["save", "checkpoint"])
+def test_files_keep_what_was_settled(tmp_path, fake_lpips, weights_path, with_lpips_first, way):
+    """On a machine with LPIPS, then on one without or the other way round: the same networks."""
+    if not with_lpips_first:
+        weights_path.unlink()
+    model = make_model("auto").learn(4)
+    if with_lpips_first:
+        weights_path.unlink()
+    else:
+        weights_path.touch()
+    assert is_robust(model) is not with_lpips_first
+    if way == "save":
+        model.save(tmp_path / "model")
+        read, place = IRIS.load, tmp_path / "model"
+    else:
+        model.save_checkpoint(tmp_path / "checkpoints")
+        read, place = IRIS.resume, tmp_path / "checkpoints"
+    for kwargs in ({}, {"policy_kwargs": AS_GIVEN}, {"policy_kwargs": {**AS_GIVEN, "robust_tokenizer": "auto"}}):
+        loaded = read(place, env=FrameEnv(), device="cpu", **kwargs)
+        assert is_robust(loaded) is not with_lpips_first
+        assert (loaded._perceptual_loss is not None) is not with_lpips_first
+        assert_equal(parameters(loaded), parameters(model))
+
+
+@pytest.mark.parametrize("robust", [True, False])
+def test_files_from_before_it_was_settled(tmp_path, robust):
+    """They have ``robust_tokenizer`` only where it was given, and it was False by default."""
+    model = make_model(None, robust_tokenizer=robust).learn(4)
+    if not robust:
+        del model.policy_kwargs["robust_tokenizer"]
+    model.save(tmp_path / "model")
+    model.save_checkpoint(tmp_path / "checkpoints")
+    for loaded in (
+        IRIS.load(tmp_path / "model"),
+        IRIS.load(tmp_path / "model", policy_kwargs=model.policy_kwargs),
+        IRIS.resume(tmp_path / "checkpoints", FrameEnv(), device="cpu"),
+    ):
+        assert loaded.policy.tokenizer.robust is robust
+        assert_equal(parameters(loaded), parameters(model))
+
+
+def test_policies_without_the_argument(tmp_path):
+    class Paper(CnnLstmPolicy):
+        def __init__(self, observation_space, action_space, lr_schedule, sequence_length, weight_decay, eval_temperature):
+            sizes = {**AS_GIVEN, "robust_tokenizer": False}
+            super().__init__(
+                observation_space, action_space, lr_schedule, sequence_length, weight_decay, eval_temperature, **sizes
+            )
+
+    model = IRIS(Paper, FrameEnv(), **SETTINGS)
+    assert not model.policy.tokenizer.robust and "robust_tokenizer" not in model.policy_kwargs
+    model.save_checkpoint(tmp_path)
+    assert not IRIS.resume(tmp_path, FrameEnv(), policy=Paper, device="cpu").policy.tokenizer.robust

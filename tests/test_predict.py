@@ -122,8 +122,8 @@ def test_codes_as_input(tmp_path):
     tokenizer.decoder.register_forward_pre_hook(lambda module, inputs: decoded.append(inputs[0]))
     seen.clear()
     model.learn(12)
-    # One gradient step of the tokenizer in each epoch and one behind the last; else `learn` decodes to time itself alone
-    assert [inputs.requires_grad for inputs in decoded] == [False, False] + 4 * [True]
+    # One gradient step of the tokenizer in each epoch and one behind the last; else frames are decoded for figures only
+    assert [inputs.requires_grad for inputs in decoded].count(True) == 4
     assert all(inputs.shape[1:] == codes.shape[1:] for inputs in seen)
     assert sum(len(inputs) for inputs in seen) > 12 + 4 * model.actor_critic_batch_size * model.imagination_horizon
 

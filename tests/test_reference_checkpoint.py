@@ -87,7 +87,9 @@ def to_file(checkpoint: Any) -> io.BytesIO:
 
 
 def sizes_of(model: IRIS) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in model.policy_kwargs.items()}
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in model.policy_kwargs.items()}
+    assert sizes.pop("robust_tokenizer") is False
+    return sizes
 
 
 def assert_agrees(actual: th.Tensor, expected: th.Tensor) -> None:
@@ -622,4 +624,8 @@ def test_arguments_of_the_constructor() -> None:
     theirs = TheirNetworks(n_actions=4, sequence_length=2, n_heads=4, **{**TINY_SIZES, **FEW_LAYERS, "embed_dim": 16})
     model = load(to_file(make_checkpoint(theirs)), policy_kwargs=None, gamma=0.9)
     assert model.gamma == 0.9
+    model = load(to_file(make_checkpoint(theirs)), policy_kwargs={"robust_tokenizer": "auto"})
+    assert (
+        model.policy_kwargs["robust_tokenizer"] is model.policy.tokenizer.robust is False
+    )  # though it has no perceptual loss
     assert model.policy.world_model.transformer.n_heads == 4  # the paper's

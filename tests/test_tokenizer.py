@@ -157,6 +157,7 @@ def test_loss_by_hand() -> None:
     # tokens 0, 1, 0, 0: two of four codes, with frequencies 3/4 and 1/4
     assert logs["codebook_usage"].item() == 0.5
     assert logs["codebook_perplexity"].item() == pytest.approx(4 / 3**0.75)
+    assert logs["varying_positions"].item() == 0.5
     assert not any(value.requires_grad for value in logs.values())
 
     def perceptual_loss(x: th.Tensor, x_hat: th.Tensor) -> th.Tensor:

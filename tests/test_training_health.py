@@ -3,6 +3,7 @@
 import os
 import warnings
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -11,6 +12,7 @@ from gymnasium import spaces
 from sb3_iris import IRIS, RunCheckpointCallback, validation
 from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.checkpoint_folder import find_checkpoints
+from sb3_iris.training_health import CollapseWarnings
 from tests.presets import NETWORKS, FrameEnv, GradientSteps, frame_envs, parameters, tiny
 
 
@@ -77,10 +79,63 @@ def test_dead_codebook_is_warned_of_once():
     assert sum("codebook" in str(warning.message) for warning in caught) == 1
 
 
+def one_code_per_position(env: gym.Env) -> IRIS:
+    """A model whose frames all have the same tokens, one of its own at each position, as the zeros at their borders tell."""
+    model = tiny(env, learning_rate=0.0)
+    tokenizer = model.policy.tokenizer
+    first = tokenizer.encoder[0]
+    assert isinstance(first, th.nn.Conv2d)
+    first.weight.data.zero_()
+    z = tokenizer.encoder(th.zeros(1, 3, 8, 8)).flatten(2)[0].t()
+    tokenizer.quantizer.codebook.data[: len(z)] = z
+    assert sorted(tokenizer.encode(th.rand(1, 3, 8, 8))[0].tolist()) == [0, 1, 2, 3]
+    return model
+
+
+def test_same_tokens_for_all_frames_are_warned_of_once():
+    """Perplexity is high, as there are as many codes as positions."""
+    model = one_code_per_position(FrameEnv())
+    with pytest.warns(UserWarning, match=r"tells no frames apart.*\(varying_positions 0\.000\).*perplexity 4\.0") as caught:
+        model.learn(20)
+    assert sum("codes" in str(warning.message) for warning in caught) == 1
+
+
+def test_same_tokens_for_a_frame_that_stays_the_same():
+    class Still(FrameEnv):
+        def _frame(self):
+            return np.full((8, 8, 3), 7, dtype=np.uint8)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(codebook|tells no frames apart)")
+        one_code_per_position(Still()).learn(20)
+
+
+def test_a_collapse_that_passes_is_not_warned_of():
+    """Not before the third phase in a row, of which one in between begins anew."""
+    model, look = tiny(FrameEnv()), CollapseWarnings().look
+    dead = {"tokenizer/codebook_perplexity": 1.0}
+    same = {"tokenizer/codebook_perplexity": 4.0, "tokenizer/varying_positions": 0.0, "tokenizer/moving_error": 0.1}
+    alive = {**same, "tokenizer/varying_positions": 0.25}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for logged in (dead, same, alive, same, dead, alive, same, same):
+            look(logged, model)
+    with pytest.warns(UserWarning, match="tells no frames apart"):
+        look(same, model)
+
+
+def test_robust_tokenizers_get_other_advice():
+    model = tiny(FrameEnv(), policy_kwargs={"robust_tokenizer": True})
+    health = CollapseWarnings()
+    with pytest.warns(UserWarning, match=r"codebook is dead.*start anew with a smaller learning_rate or"):
+        for _ in range(3):
+            health.look({"tokenizer/codebook_perplexity": 1.0}, model)
+
+
 def test_policy_without_entropy_is_warned_of_once():
     model = tiny(FrameEnv(), tokenizer_gradient_steps=0, world_model_gradient_steps=0)
     model.policy.actor_critic.actor.bias.data[0] = 100.0
-    with pytest.warns(UserWarning, match=r"policy has no entropy left.*Raise ent_coef") as caught:
+    with pytest.warns(UserWarning, match=r"policy has no entropy left.*larger ent_coef") as caught:
         model.learn(20)
     assert sum("entropy" in str(warning.message) for warning in caught) == 1
 
