@@ -17,7 +17,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,13 @@ class Stopwatch:
 
     :param device: Where they compute; a GPU is waited for before the clock is read.
     :param repeats: Timed calls of each, after one that is not timed.
+    :param parts: Names of the rows that are wanted; None for all.
     """
 
-    def __init__(self, device: th.device, repeats: int) -> None:
+    def __init__(self, device: th.device, repeats: int, parts: Sequence[str] | None = None) -> None:
         self.device = device
         self.repeats = repeats
+        self.parts = parts
         self.rows: dict[str, dict[str, Any]] = {}
         size = 2048 if device.type == "cpu" else 8192
         matrix = th.randn(size, size, device=device)
@@ -109,8 +111,10 @@ class Stopwatch:
         :param function: What to time; it does the same at every call.
         :param n_items: Frames, tokens or steps that a call handles.
         :param unit: What they are.
-        :return: Median seconds of a call.
+        :return: Median seconds of a call, NaN if the row is not wanted.
         """
+        if self.parts is not None and part not in self.parts:
+            return math.nan
         if self.device.type == "cuda":
             th.cuda.reset_peak_memory_stats(self.device)
         flop = self._flop(function)
@@ -207,6 +211,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--batch", type=int, help="batch size of all three networks, if not that of the preset")
+    parser.add_argument("--parts", nargs="+", help="rows to measure, by their names in the table (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each part (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -229,7 +234,7 @@ def main() -> None:
         device=args.device,
         **settings,
     )
-    watch = Stopwatch(model.device, args.repeats)
+    watch = Stopwatch(model.device, args.repeats, args.parts)
     print(f"{args.preset} settings, {th.get_num_threads()} threads, matrix product {watch.matrix_rate / 1e9:,.0f} GFLOP/s")
     model.learn(1, log_interval=None)  # prepares collections
     callback = model._init_callback(None)
@@ -267,10 +272,17 @@ def main() -> None:
     phase += preparation(model, encode, decode)
     played = collection / 50
     hours = (phase * (N_STEPS / model.train_freq + FINAL_EPOCHS) + played * N_STEPS) / 3600
-    print(f"The cache makes imagined Transformer steps {plain / cached:.1f} times as fast as reading all anew")
-    print(f"A whole epoch: {phase + played * model.train_freq:.1f} s; {N_STEPS:,} steps: {hours:,.1f} hours")
+    if args.parts is None:
+        print(f"The cache makes imagined Transformer steps {plain / cached:.1f} times as fast as reading all anew")
+        print(f"A whole epoch: {phase + played * model.train_freq:.1f} s; {N_STEPS:,} steps: {hours:,.1f} hours")
+    if not watch.rows:
+        parser.error(f"--parts {args.parts}: the table has no such row")
     if args.out is not None:
-        result = {"command": sys.argv[1:], "matrix_gflop_per_second": watch.matrix_rate / 1e9, "hours": hours}
+        result = {
+            "command": sys.argv[1:],
+            "matrix_gflop_per_second": watch.matrix_rate / 1e9,
+            "hours": hours if args.parts is None else None,
+        }
         args.out.write_text(json.dumps({**machine(), **result, "parts": watch.rows}, indent=1) + "\n")
 
 
