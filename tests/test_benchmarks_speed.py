@@ -22,8 +22,8 @@ def test_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert row["seconds"] >= row["least_seconds"] > 0
         share = row["gflop_per_second"] / result["matrix_gflop_per_second"]
         assert row["share_of_matrix_rate"] == pytest.approx(share)
-    # 600 epochs of 200 steps of each network, and 100,000 env steps; of 50,000 frames those are encoded that 2 segments of 8 steps
-    # and 2 of 4 come across in 200 draws, and those of the latter decoded
+    # 600 epochs of 200 steps of each network, and 100,000 env steps. Of 50,000 frames those are encoded that 2 segments of 8
+    # steps and 2 of 4 come across in 200 draws, and those of the latter are decoded
     encoded, decoded = (50_000 * (1 - math.exp(-draws / 50_000)) for draws in (200 * 2 * 12, 200 * 2 * 4))
     prepared = (encoded * parts["encode"]["seconds"] + decoded * parts["decode"]["seconds"]) / 2
     trained = 200 * sum(parts[step]["seconds"] for step in steps)
