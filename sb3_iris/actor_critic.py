@@ -12,31 +12,25 @@ class ActorCritic(nn.Module):
     Convolutions and an LSTM cell shared by a linear actor and a linear critic (App. A.3 of
     "Transformers are Sample-Efficient World Models", https://arxiv.org/abs/2209.00588).
 
-    Each of the four convolutions is followed by a 2x2 max-pool, up to ``n_pools`` of them and as long as there are two pixels
-    to pool. Small images want fewer: the paper's four leave 4x4 positions of a 64x64 image, but a single one of a 16x16 image.
+    Each of the four convolutions is followed by a 2x2 max-pool as long as there are two pixels to pool. Codes are not pooled:
+    there are few of them, and each stands for many pixels.
 
     :param input_shape: (C, H, W) of a frame, or (codebook_dim, h, w) of its codes.
     :param n_actions: Number of actions A.
     :param lstm_hidden_size: Size of the LSTM's hidden and cell state.
-    :param n_pools: Most max-pools, 0 to 4.
     :param sees_codes: Whether the inputs are codes, which are taken as they are; frames are put on the [-1, 1] scale first.
     """
 
     def __init__(
-        self,
-        input_shape: tuple[int, int, int],
-        n_actions: int,
-        lstm_hidden_size: int = 512,
-        n_pools: int = 4,
-        sees_codes: bool = False,
+        self, input_shape: tuple[int, int, int], n_actions: int, lstm_hidden_size: int = 512, sees_codes: bool = False
     ) -> None:
         super().__init__()
         self.sees_codes = sees_codes
         in_channels, height, width = input_shape
         layers: list[nn.Module] = []
-        for i, channels in enumerate((32, 32, 64, 64)):
+        for channels in (32, 32, 64, 64):
             layers.append(nn.Conv2d(in_channels, channels, 3, padding=1))
-            if i < n_pools and min(height, width) >= 2:
+            if not sees_codes and min(height, width) >= 2:
                 layers.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
             layers.append(nn.ReLU())

@@ -202,6 +202,8 @@ class IRIS(SavingAlgorithm):
         self._perceptual_loss = set_up_perceptual_loss(self)
         self.set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
+        if self.verbose >= 1 and self.policy.actor_critic.sees_codes:
+            print("The actor-critic sees codes, not decoded frames as in the paper (actor_critic_input in policy_kwargs)")
         saved = getattr(self, "replay_buffer", None)  # only when loading, after `save(..., include=["replay_buffer"])`
         if saved is not None and saved.n_envs == self.n_envs:
             saved.device = self.device

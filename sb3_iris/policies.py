@@ -47,10 +47,9 @@ class CnnLstmPolicy(BasePolicy):
     :param embed_dim: Embedding size of the world model; a multiple of ``n_heads``.
     :param dropout: Dropout probability of the world model, in [0, 1).
     :param lstm_hidden_size: Size of the actor-critic's LSTM state.
-    :param n_pools: Most max-pools among the actor-critic's four convolutions, 0 to 4; small images want fewer than four. Codes
-        are not pooled.
     :param actor_critic_input: What the actor-critic sees: ``"frames"`` as the tokenizer decodes them, the paper's, or
-        ``"codes"``, the codebook's entries for the frame's tokens on their grid, which saves all decoding.
+        ``"codes"``, the codebook's entries for the frame's tokens on their grid, which saves all decoding. ``"auto"``: codes
+        if a side of the image has less than 32 pixels, where the paper's four max-pools would leave a single position.
     :raises ValueError: If a size is not positive, or sizes do not go together.
     """
 
@@ -76,8 +75,7 @@ class CnnLstmPolicy(BasePolicy):
         embed_dim: int = 256,
         dropout: float = 0.1,
         lstm_hidden_size: int = 512,
-        n_pools: int = 4,
-        actor_critic_input: str = "frames",
+        actor_critic_input: str = "auto",
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "lr_schedule")}
         super().__init__(observation_space, action_space)
@@ -100,10 +98,8 @@ class CnnLstmPolicy(BasePolicy):
             **{f"channel_multipliers[{i}]": value for i, value in enumerate(channel_multipliers)},
             **{f"attention_resolutions[{i}]": value for i, value in enumerate(attention_resolutions)},
         )
-        if n_pools not in range(5):
-            raise ValueError(f"n_pools={n_pools!r} must be a whole number from 0 to 4")
-        if actor_critic_input not in ("frames", "codes"):
-            raise ValueError(f"actor_critic_input={actor_critic_input!r} must be 'frames' or 'codes'")
+        if actor_critic_input not in ("auto", "frames", "codes"):
+            raise ValueError(f"actor_critic_input={actor_critic_input!r} must be 'frames', 'codes' or 'auto'")
         channels, height, width = observation_space.shape
         if image_size is not None:
             height = width = image_size
@@ -126,9 +122,9 @@ class CnnLstmPolicy(BasePolicy):
         self.world_model = WorldModel(
             codebook_size, n_actions, self.tokenizer.tokens_per_frame, sequence_length, embed_dim, n_layers, n_heads, dropout
         )
-        sees_codes = actor_critic_input == "codes"
+        sees_codes = actor_critic_input == "codes" or (actor_critic_input == "auto" and min(height, width) < 32)
         input_shape = (codebook_dim, *self.tokenizer.grid) if sees_codes else (channels, height, width)
-        self.actor_critic = ActorCritic(input_shape, n_actions, lstm_hidden_size, 0 if sees_codes else n_pools, sees_codes)
+        self.actor_critic = ActorCritic(input_shape, n_actions, lstm_hidden_size, sees_codes)
         self.set_training_mode(False)  # only the world model's own training phase wants its dropout
 
         learning_rate = lr_schedule(1)

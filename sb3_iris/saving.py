@@ -163,7 +163,11 @@ class SavingAlgorithm(BaseAlgorithm):
         :raises ValueError: If the file is no such checkpoint, or does not fit the environment or ``kwargs``.
         """
         checkpoint = read_reference_checkpoint(path)
-        policy_kwargs = {**checkpoint.policy_kwargs, **(kwargs.pop("policy_kwargs", None) or {})}
+        policy_kwargs = {
+            "actor_critic_input": "frames",
+            **checkpoint.policy_kwargs,
+            **(kwargs.pop("policy_kwargs", None) or {}),
+        }
         if policy_kwargs.get("robust_tokenizer", "auto") == "auto":
             policy_kwargs["robust_tokenizer"] = False  # as their networks are
         kwargs = {"policy": "CnnPolicy", "sequence_length": checkpoint.sequence_length, **kwargs}

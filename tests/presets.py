@@ -25,6 +25,7 @@ SIZES = {
     "n_heads": 2,
     "embed_dim": 16,
     "lstm_hidden_size": 16,
+    "actor_critic_input": "frames",
     "robust_tokenizer": False,
 }
 SETTINGS = {

@@ -244,8 +244,13 @@ def test_ignore_after_end_leaves_out_what_follows_the_first_end() -> None:
     assert loss(going_on, True) == pytest.approx(loss(going_on, False), abs=1e-6)
 
 
-def test_n_pools_keeps_positions_of_small_images() -> None:
-    """Features handed to the LSTM: 64 channels at what is left of the image."""
-    assert [ActorCritic((3, 16, 16), 2, 8, n_pools).lstm.input_size for n_pools in range(5)] == [
-        64 * side * side for side in (16, 8, 4, 2, 1)
-    ]
+def test_codes_are_not_pooled() -> None:
+    """Features handed to the LSTM: 64 channels at each position. Codes are seen as they are, frames on the [-1, 1] scale."""
+    frames, codes = ActorCritic((8, 5, 5), 2, 8), ActorCritic((8, 5, 5), 2, 8, sees_codes=True)
+    assert (frames.lstm.input_size, codes.lstm.input_size) == (64, 64 * 5 * 5)
+    inputs = th.rand(2, 8, 5, 5)
+    for actor_critic, expected in ((frames, 2 * inputs - 1), (codes, inputs)):
+        seen: list[th.Tensor] = []
+        actor_critic.cnn.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        actor_critic(inputs, actor_critic.initial_state(2))
+        assert th.equal(seen[0], expected)

@@ -77,7 +77,6 @@ def settings(actor_critic_input: str) -> dict[str, Any]:
             "embed_dim": 64,
             "dropout": 0.0,
             "lstm_hidden_size": 128,
-            "n_pools": 0,
             "actor_critic_input": actor_critic_input,
         },
     }

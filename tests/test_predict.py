@@ -14,6 +14,7 @@ from tests.presets import (
     NETWORKS,
     NO_TRAINING,
     SIZE,
+    SIZES,
     FrameEnv,
     assert_equal,
     decided,
@@ -130,6 +131,16 @@ def test_codes_as_input(tmp_path):
     model.save(tmp_path / "model")
     for ours, theirs in zip(act(IRIS.load(tmp_path / "model"), obs), act(model, obs), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("given", [{}, {"actor_critic_input": "auto"}])
+def test_small_images_are_seen_as_codes(given, capsys):
+    """By default, and it is said; the paper's four max-pools leave more than a position of larger ones."""
+    sizes = {name: value for name, value in SIZES.items() if name != "actor_critic_input"}
+    for side, codes in ((28, True), (32, False)):
+        model = IRIS("CnnPolicy", FrameEnv(), policy_kwargs={**sizes, **given, "image_size": side}, verbose=1, device="cpu")
+        assert model.policy.actor_critic.sees_codes is codes
+        assert ("The actor-critic sees codes" in capsys.readouterr().out) is codes
 
 
 @pytest.mark.parametrize("dtype", [bool, int, float])

@@ -88,7 +88,7 @@ def to_file(checkpoint: Any) -> io.BytesIO:
 
 def sizes_of(model: IRIS) -> dict[str, Any]:
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in model.policy_kwargs.items()}
-    assert sizes.pop("robust_tokenizer") is False
+    assert sizes.pop("robust_tokenizer") is False and sizes.pop("actor_critic_input") == "frames"
     return sizes
 
 

@@ -182,8 +182,7 @@ SIZES += ["n_layers", "n_heads", "embed_dim", "lstm_hidden_size"]
         ("channel_multipliers", 3, "sequence of whole numbers"),
         ("attention_resolutions", 8, "sequence of whole numbers"),
         ("attention_resolutions", (8, -1), r"attention_resolutions\[1\]=-1.*whole number of at least 1"),
-        *cases(["n_pools"], [-1, 5, 1.5, None], "whole number from 0 to 4"),
-        *cases(["actor_critic_input"], ["code", None, True], "must be 'frames' or 'codes'"),
+        *cases(["actor_critic_input"], ["code", None, True], "must be 'frames', 'codes' or 'auto'"),
         # no such sizes, or arguments of IRIS itself
         *cases(["n_layer", "net_arch", "sequence_length", "weight_decay"], [4], "among image_size, codebook_size,.*n_layers"),
     ],
