@@ -197,10 +197,15 @@ class SequenceReplayBuffer(BaseBuffer):
 
         tokens = self._get_tokens(indices[:, -1], encode)
         before = mask[:, :-1]
-        seen = self._scatter(self._seen.get(indices[:, :-1][before], see), before) if before.any() else None
-        if seen is None:  # no step before any of them
-            seen = self._scatter(see(indices[:1, -1])[:0], before)
-        return ContextSamples(th.as_tensor(tokens, device=self.device).long(), seen, th.as_tensor(before, device=self.device))
+        if before.any():
+            seen = self._seen.get(indices[:, :-1][before], see)
+        else:  # no step before any of them; a frame tells the shape
+            seen = see(indices[:1, -1])[:0]
+        return ContextSamples(
+            th.as_tensor(tokens, device=self.device).long(),
+            self._scatter(seen, before),
+            th.as_tensor(before, device=self.device),
+        )
 
     def _get_tokens(self, indices: np.ndarray, encode: Encode) -> np.ndarray:
         """Tokens of frames, (n,) int64 indices to (n, K) int32."""
