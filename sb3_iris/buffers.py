@@ -24,11 +24,10 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_iris.archive import ArrayFile, write_arrays
 from sb3_iris.frame_cache import FrameCache
-from sb3_iris.type_aliases import ContextSamples, SequenceSamples, TokenSamples
+from sb3_iris.type_aliases import ContextSamples, Observe, SequenceSamples, TokenSamples
 from sb3_iris.validation import check_memory
 
 Encode = Callable[[np.ndarray], th.Tensor]
-Observe = Callable[[th.Tensor], th.Tensor]
 
 SEEN_BYTES = 2**30  # at most, to keep what the actor-critic sees of frames
 BLOCK_STEPS = 1_000  # in a block of frames in a file; bounds the memory that reading and writing take

@@ -9,17 +9,13 @@ Time runs like this; the policy sees what tokens stand for, decoded frames or co
                        |      r_0, end_0       r_1, end_1             r_{H-1}, end_{H-1}   (no frame after the last)
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch as th
 
 from sb3_iris.actor_critic import ActorCritic, sample_categorical
 from sb3_iris.transformer import KVCache
-from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory
+from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, Observe
 from sb3_iris.world_model import WorldModel
-
-Observe = Callable[[th.Tensor], th.Tensor]  # tokens (..., K) int64 to what they stand for, (..., C, H, W) float32
 
 
 class _Cohort:

@@ -13,6 +13,7 @@ A *step* is one agent step in the environment (after frame skip), a *frame* is o
 a *block* is one Transformer layer.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch as th
@@ -89,6 +90,8 @@ class ImaginedTrajectory(NamedTuple):
     values: th.Tensor  # (B, horizon) float32, with gradient
     logits: th.Tensor  # (B, horizon, A) float32, with gradient
 
+
+Observe = Callable[[th.Tensor], th.Tensor]  # tokens (..., K) int64 to what is seen of their frames, (..., C, H, W) float32
 
 Logs = dict[str, th.Tensor]  # detached scalars by name; they stay on their device until they are logged
 
