@@ -115,9 +115,8 @@ class SequenceReplayBuffer(BaseBuffer):
         self.truncations[self.pos] = truncated
         self.episode_starts[self.pos] = episode_start
         self._episodes = None
-        for index in range(self.pos * self.n_envs, (self.pos + 1) * self.n_envs):
-            self._tokens.forget(index)
-            self._seen.forget(index)
+        for cache in (self._tokens, self._seen):
+            cache.forget(self.pos * self.n_envs, (self.pos + 1) * self.n_envs)
         self._set_n_added(self.n_added + 1)
 
     def _set_n_added(self, n_added: int) -> None:

@@ -27,12 +27,12 @@ class FrameCache:
         """Forget all results."""
         self._results = None
 
-    def forget(self, index: int) -> None:
+    def forget(self, first: int, last: int) -> None:
         """
-        :param index: Frame that has become another one.
+        :param first: First of the frames that have become others.
+        :param last: Behind the last of them.
         """
-        if self._results is not None and index < len(self._known):
-            self._known[index] = False
+        self._known[first:last] = False
 
     def get(self, indices: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """
