@@ -189,6 +189,16 @@ def preparation(model: IRIS, encode: float, decode: float) -> float:
     return seconds
 
 
+def in_training(model: IRIS, function: Callable[[], Any]) -> Callable[[], None]:
+    """The function in the precision of a training phase."""
+
+    def run() -> None:
+        with model._autocast():
+            function()
+
+    return run
+
+
 def training_step(model: IRIS, name: str) -> Callable[[], None]:
     """One gradient step of a network, sampling included."""
     network, optimizer = getattr(model.policy, name), getattr(model.policy, f"{name}_optimizer")
@@ -196,7 +206,8 @@ def training_step(model: IRIS, name: str) -> Callable[[], None]:
 
     def step() -> None:
         network.train()
-        loss, _ = compute_loss()
+        with model._autocast():
+            loss, _ = compute_loss()
         optimizer.zero_grad()
         loss.backward()
         th.nn.utils.clip_grad_norm_(network.parameters(), model.max_grad_norm)
@@ -213,6 +224,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="batch size of all three networks, if not that of the preset")
     parser.add_argument("--parts", nargs="+", help="rows to measure, by their names in the table (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each part (default: %(default)s)")
+    parser.add_argument("--amp", choices=["auto", "bfloat16", "none"], default="auto", help="precision of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
@@ -232,10 +244,15 @@ def main() -> None:
         perceptual_loss=None,
         seed=args.seed,
         device=args.device,
+        amp=None if args.amp == "none" else args.amp,
         **settings,
     )
     watch = Stopwatch(model.device, args.repeats, args.parts)
-    print(f"{args.preset} settings, {th.get_num_threads()} threads, matrix product {watch.matrix_rate / 1e9:,.0f} GFLOP/s")
+    precision = str(model._autocast_dtype or th.float32).removeprefix("torch.")
+    print(
+        f"{args.preset} settings, {precision}, {th.get_num_threads()} threads, "
+        f"float32 matrix product {watch.matrix_rate / 1e9:,.0f} GFLOP/s"
+    )
     model.learn(1, log_interval=None)  # prepares collections
     callback = model._init_callback(None)
     env.reset()
@@ -251,8 +268,8 @@ def main() -> None:
     batch_size = model.actor_critic_batch_size
     frames = policy.to_frames(model.replay_buffer.sample(model.tokenizer_batch_size, 1, model._rng).observations[:, 0])
     tokens = policy.tokenizer.encode(frames)
-    encode = watch.measure("encode", lambda: policy.tokenizer.encode(frames), len(frames), "frame") / len(frames)
-    decode = watch.measure("decode", lambda: policy.tokenizer.decode(tokens), len(frames), "frame") / len(frames)
+    encode = watch.measure("encode", in_training(model, lambda: policy.tokenizer.encode(frames)), len(frames), "frame")
+    decode = watch.measure("decode", in_training(model, lambda: policy.tokenizer.decode(tokens)), len(frames), "frame")
 
     buffer = model.replay_buffer
     for _ in range(20 * buffer.size() // (batch_size * max(model.burn_in, 1)) + 1):
@@ -262,14 +279,15 @@ def main() -> None:
     n_positions = model.world_model_batch_size * model.sequence_length * (policy.tokenizer.tokens_per_frame + 1)
     steps["world_model"] = watch.measure("world-model step", training_step(model, "world_model"), n_positions, "token")
     n_imagined = batch_size * model.imagination_horizon
-    cached = watch.measure("imagined Transformer steps", lambda: imagine_cached(model, batch_size), n_imagined, "step")
+    imagination = in_training(model, lambda: imagine_cached(model, batch_size))
+    cached = watch.measure("imagined Transformer steps", imagination, n_imagined, "step")
     steps["actor_critic"] = watch.measure("actor-critic step", training_step(model, "actor_critic"), n_imagined, "step")
     plain = watch.measure(
         "imagined steps without a cache", lambda: imagine_without_cache(model, batch_size), n_imagined, "step"
     )
 
     phase = sum(seconds * getattr(model, f"{name}_gradient_steps") for name, seconds in steps.items())
-    phase += preparation(model, encode, decode)
+    phase += preparation(model, encode / len(frames), decode / len(frames))
     played = collection / 50
     hours = (phase * (N_STEPS / model.train_freq + FINAL_EPOCHS) + played * N_STEPS) / 3600
     if args.parts is None:
@@ -280,6 +298,7 @@ def main() -> None:
     if args.out is not None:
         result = {
             "command": sys.argv[1:],
+            "precision": precision,
             "matrix_gflop_per_second": watch.matrix_rate / 1e9,
             "hours": hours if args.parts is None else None,
         }

@@ -54,8 +54,9 @@ class ActorCritic(nn.Module):
         :param state: LSTM state before these frames.
         :return: Action logits, values and the LSTM state after the frames.
         """
-        hidden, cell = self.lstm(self._features(inputs), state)
-        return ActorCriticOutput(self.actor(hidden), self.critic(hidden).squeeze(-1), LSTMState(hidden, cell))
+        with self._full_precision(inputs):
+            hidden, cell = self.lstm(self._features(inputs), state)
+            return ActorCriticOutput(self.actor(hidden), self.critic(hidden).squeeze(-1), LSTMState(hidden, cell))
 
     @th.no_grad()
     def burn_in(self, inputs: th.Tensor, mask: th.Tensor) -> LSTMState:
@@ -68,13 +69,23 @@ class ActorCritic(nn.Module):
         """
         B, T = mask.shape
         state = self.initial_state(B)
-        features = self._features(inputs.flatten(0, 1)).unflatten(0, (B, T)) if T > 0 else None
-        for t in range(T):
-            assert features is not None
-            hidden, cell = self.lstm(features[:, t], state)
-            watched = mask[:, t].unsqueeze(-1)
-            state = LSTMState(th.where(watched, hidden, state.hidden), th.where(watched, cell, state.cell))
+        if T == 0:
+            return state
+        with self._full_precision(inputs):
+            features = self._features(inputs.flatten(0, 1)).unflatten(0, (B, T))
+            for t in range(T):
+                hidden, cell = self.lstm(features[:, t], state)
+                watched = mask[:, t].unsqueeze(-1)
+                state = LSTMState(th.where(watched, hidden, state.hidden), th.where(watched, cell, state.cell))
         return state
+
+    @staticmethod
+    def _full_precision(inputs: th.Tensor) -> th.autocast:
+        """
+        No autocast: the actor-critic is small, and its burn-in without gradients must not leave casts of weights behind that
+        the steps with gradients would take.
+        """
+        return th.autocast(inputs.device.type, enabled=False)
 
     def _features(self, inputs: th.Tensor) -> th.Tensor:
         return self.cnn(inputs if self.sees_codes else 2 * inputs - 1)

@@ -48,7 +48,7 @@ class _Cohort:
         self.tokens, self.unread = self.tokens[indices], self.unread[indices]
         self.past = [(tokens[indices], actions[indices]) for tokens, actions in self.past]
         if self.cache is not None:
-            self.cache.keys, self.cache.values = self.cache.keys[:, indices], self.cache.values[:, indices]
+            self.cache.select(indices)
 
 
 class ImaginedGame:

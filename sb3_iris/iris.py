@@ -25,6 +25,7 @@ from sb3_iris.checkpoint_callback import RunCheckpointCallback
 from sb3_iris.checkpoints import FolderLock, LearnProgress
 from sb3_iris.held_out import HeldOut
 from sb3_iris.imagination import ImaginedGame, imagine
+from sb3_iris.mixed_precision import autocast_dtype
 from sb3_iris.perceptual_loss import set_up_perceptual_loss
 from sb3_iris.policies import CnnLstmPolicy
 from sb3_iris.projection import projected_days
@@ -86,6 +87,9 @@ class IRIS(SavingAlgorithm):
         as it is; None never freezes it, as in the paper.
     :param ignore_after_end: Whether the actor-critic's loss leaves out what is imagined after an imagined end; the paper's
         does not. For games whose episodes are as short as the horizon.
+    :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
+        ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
+        ``predict`` and collection are always in float32.
     :param _init_setup_model: Whether to build the networks; False when loading.
     :raises ValueError: If an argument does not fit, named with its value and the way out.
     """
@@ -133,6 +137,7 @@ class IRIS(SavingAlgorithm):
         device: th.device | str = "auto",
         tokenizer_learning_stops: int | None = None,
         ignore_after_end: bool = False,
+        amp: str | None = "auto",
         _init_setup_model: bool = True,
     ) -> None:
         if env is not None:
@@ -178,6 +183,7 @@ class IRIS(SavingAlgorithm):
         self.final_training_epochs = final_training_epochs
         self.perceptual_loss = perceptual_loss
         self.ignore_after_end = ignore_after_end
+        self.amp = amp
         self._progress_bar: tqdm | None = None
         self._learn_progress: LearnProgress | None = None
         self._resumed = False  # whether the next call of `learn` goes on with the one that a checkpoint was written in
@@ -203,6 +209,9 @@ class IRIS(SavingAlgorithm):
         self._perceptual_loss = set_up_perceptual_loss(self)
         self.set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
+        self._autocast_dtype = autocast_dtype(self.amp, self.device, self.policy.world_model.transformer.embed_dim)
+        if self.verbose >= 1 and self._autocast_dtype is not None:
+            print("Training in mixed precision, bfloat16 (amp)")
         if self.verbose >= 1 and self.policy.actor_critic.sees_codes:
             print("The actor-critic sees codes, not decoded frames as in the paper (actor_critic_input in policy_kwargs)")
         saved = getattr(self, "replay_buffer", None)  # only when loading, after `save(..., include=["replay_buffer"])`
@@ -324,7 +333,8 @@ class IRIS(SavingAlgorithm):
         hidden = self._progress_bar is None
         try:
             for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
-                loss, logs = compute_loss()
+                with self._autocast():
+                    loss, logs = compute_loss()
                 optimizer.zero_grad()
                 loss.backward()
                 logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
@@ -337,6 +347,10 @@ class IRIS(SavingAlgorithm):
         for key in history[0]:
             self.logger.record(f"{name}/{key}", th.stack([logs[key] for logs in history]).mean().item())
         self.logger.record(f"time/{name}_seconds", time.perf_counter() - start)
+
+    def _autocast(self) -> th.autocast:
+        """The precision of a training phase; casts of weights live as long as the context, so one step at most."""
+        return th.autocast(self.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
 
     def _tokenizer_loss(self) -> tuple[th.Tensor, Logs]:
         samples = self.replay_buffer.sample(self.tokenizer_batch_size, 1, self._rng)

@@ -133,8 +133,9 @@ class VectorQuantizer(nn.Module):
         :return: (B, K) int64, tokens in raster order
         """
         flat = z.flatten(2).transpose(1, 2)  # (B, K, codebook_dim)
-        # |z - e|^2 without |z|^2, which is the same for all entries
-        distances = self.codebook.square().sum(1) - 2 * flat @ self.codebook.t()  # (B, K, V)
+        with th.autocast(z.device.type, enabled=False):  # entries differ by less than bfloat16 tells apart
+            # |z - e|^2 without |z|^2, which is the same for all entries
+            distances = self.codebook.square().sum(1) - 2 * flat @ self.codebook.t()  # (B, K, V)
         return distances.argmin(-1)
 
     def lookup(self, tokens: th.Tensor, grid: Sequence[int]) -> th.Tensor:
@@ -233,7 +234,7 @@ class Tokenizer(nn.Module):
         :return: (..., K) int64 in [0, V), raster order
         """
         leading = frames.shape[:-3]
-        tokens = self.quantizer.nearest(self.encoder(2 * frames.reshape(-1, *frames.shape[-3:]) - 1))
+        tokens = self.quantizer.nearest(self.encoder(2 * frames.reshape(-1, *frames.shape[-3:]) - 1).float())
         return tokens.view(*leading, self.tokens_per_frame)
 
     @th.no_grad()
@@ -243,7 +244,7 @@ class Tokenizer(nn.Module):
         :return: (..., C, H, W) float32 in [0, 1]
         """
         leading = tokens.shape[:-1]
-        frames = self.decoder(self.quantizer.lookup(tokens.reshape(-1, tokens.shape[-1]), self.grid))
+        frames = self.decoder(self.quantizer.lookup(tokens.reshape(-1, tokens.shape[-1]), self.grid)).float()
         return ((frames + 1) / 2).clamp(0, 1).view(*leading, *self.image_shape)
 
     def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
@@ -256,8 +257,8 @@ class Tokenizer(nn.Module):
         :return: The loss and what to log of it.
         """
         x = 2 * frames - 1
-        quantized = self.quantizer(self.encoder(x))
-        x_hat = self.decoder(quantized.z_q)
+        quantized = self.quantizer(self.encoder(x).float())
+        x_hat = self.decoder(quantized.z_q).float()
         if self.robust:
             variance = (x - x.mean(0)).square().mean()
             reconstruction_loss = F.mse_loss(x_hat, x) / variance.clamp(min=1e-4)  # as of a batch of one frame

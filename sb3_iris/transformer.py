@@ -4,6 +4,8 @@ A causal Transformer and its key-value cache; nothing here knows about reinforce
 Pre-LayerNorm GPT in the manner of GPT-2 and minGPT (https://github.com/karpathy/minGPT).
 """
 
+import math
+
 import torch as th
 from torch import nn
 from torch.nn import functional as F
@@ -11,7 +13,10 @@ from torch.nn import functional as F
 
 class KVCache:
     """
-    Keys and values of the positions seen so far, in memory allocated once and written in place.
+    Keys and values of the positions seen so far, written in place.
+
+    On a CPU the memory of each block grows by ``CHUNK`` positions at a time and is used whole, as products of a part of a tensor
+    would copy that part first; elsewhere it is allocated once.
 
     :param n_layers: Number of blocks.
     :param batch_size: Number of sequences that advance together.
@@ -19,13 +24,24 @@ class KVCache:
     :param max_length: Most positions that a sequence can have.
     :param head_size: Size of one head.
     :param device: Where the cache lives.
+    :param dtype: Of keys and values.
     """
 
+    CHUNK = 64
+
     def __init__(
-        self, n_layers: int, batch_size: int, n_heads: int, max_length: int, head_size: int, device: th.device
+        self,
+        n_layers: int,
+        batch_size: int,
+        n_heads: int,
+        max_length: int,
+        head_size: int,
+        device: th.device,
+        dtype: th.dtype = th.float32,
     ) -> None:
-        self.keys = th.empty(n_layers, batch_size, n_heads, max_length, head_size, device=device)
-        self.values = th.empty_like(self.keys)
+        empty = th.empty(batch_size, n_heads, 0, head_size, device=device, dtype=dtype)
+        self.keys = [empty] * n_layers
+        self.values = [empty] * n_layers
         self.max_length = max_length
         self.length = 0
 
@@ -36,13 +52,34 @@ class KVCache:
         :param layer: Index of the block.
         :param keys: (B, nh, n, hd) of the n new positions.
         :param values: (B, nh, n, hd)
-        :return: Keys and values of all positions, the new ones included, each (B, nh, length + n, hd).
+        :return: Keys and values of all positions, the new ones included, each (B, nh, at least length + n, hd); what is behind
+            these is finite and means nothing.
         """
         end = self.length + keys.shape[2]
         assert end <= self.max_length, (end, self.max_length)
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        if end > self.keys[layer].shape[2]:
+            self.keys[layer], self.values[layer] = self._grown(self.keys[layer], end), self._grown(self.values[layer], end)
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer], self.values[layer]
+
+    def _grown(self, old: th.Tensor, length: int) -> th.Tensor:
+        """The same in memory for ``length`` positions or somewhat more; what is new is zero."""
+        B, nh, n, hd = old.shape
+        chunk = self.CHUNK if old.device.type == "cpu" else self.max_length
+        new = old.new_empty(B, nh, -(-length // chunk) * chunk, hd)
+        new[:, :, :n] = old
+        new[:, :, n:] = 0
+        return new
+
+    def select(self, indices: th.Tensor) -> None:
+        """
+        Keep some of the sequences only.
+
+        :param indices: (n,) int64
+        """
+        self.keys = [keys[indices] for keys in self.keys]
+        self.values = [values[indices] for values in self.values]
 
     def reset(self) -> None:
         """Forget all positions; the memory is kept."""
@@ -64,19 +101,29 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hd)
-        past = 0
+        past = cache.length if cache is not None else 0
         if cache is not None:
-            past = cache.length
-            k, v = cache.update(self.layer, k, v)
-        mask = None
-        if past > 0 and T > 1:  # `is_causal` aligns the first query with the first key, here it belongs to key `past`
-            mask = th.ones(T, past + T, dtype=th.bool, device=x.device).tril(past)
-        if past > 0 and T == 1 and x.device.type == "cpu":  # the fused kernel works by blocks of queries, here is only one
-            y = th.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1) @ v
-        else:
+            keys, values = cache.update(self.layer, k, v)
+        if past == 0:
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=past == 0 and T > 1)  # (B, nh, T, hd)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hd)
+        else:
+            y = self._attend_to_cache(q, keys, values, past)
         return self.residual_dropout(self.proj(y.transpose(1, 2).reshape(B, T, D)))
+
+    @staticmethod
+    def _attend_to_cache(q: th.Tensor, keys: th.Tensor, values: th.Tensor, past: int) -> th.Tensor:
+        """Attention of T queries, (B, nh, T, hd), of which the first belongs to key ``past``."""
+        T = q.shape[2]
+        if q.device.type != "cpu":
+            end = past + T
+            mask = th.ones(T, end, dtype=th.bool, device=q.device).tril(past) if T > 1 else None
+            return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask)
+        # The fused kernel works by blocks of queries, here are only one or two
+        scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
+        for t in range(T):
+            scores[:, :, t, past + t + 1 :] = -math.inf
+        return th.softmax(scores, dim=-1) @ values
 
 
 class Block(nn.Module):
@@ -122,7 +169,9 @@ class Transformer(nn.Module):
         :return: An empty cache that holds ``max_length`` positions, on the network's device.
         """
         head_size = self.embed_dim // self.n_heads
-        return KVCache(len(self.blocks), batch_size, self.n_heads, self.max_length, head_size, self.ln_out.weight.device)
+        device = self.ln_out.weight.device
+        dtype = th.get_autocast_dtype(device.type) if th.is_autocast_enabled(device.type) else self.ln_out.weight.dtype
+        return KVCache(len(self.blocks), batch_size, self.n_heads, self.max_length, head_size, device, dtype)
 
     def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
         """

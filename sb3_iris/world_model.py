@@ -85,7 +85,8 @@ class WorldModel(nn.Module):
         x = self.transformer(x).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
         before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)  # (B, T * K, D)
         at_action = x[:, :, K]  # (B, T, D)
-        return WorldModelOutput(self.token_head(before_token), self.reward_head(at_action), self.end_head(at_action))
+        logits = self.token_head(before_token), self.reward_head(at_action), self.end_head(at_action)
+        return WorldModelOutput(*(part.float() for part in logits))
 
     def step_action(self, tokens: th.Tensor, actions: th.Tensor, cache: KVCache) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -98,7 +99,7 @@ class WorldModel(nn.Module):
         """
         x = th.cat([self.token_embedding(tokens), self.action_embedding(actions).unsqueeze(1)], dim=1)
         x = self._append(x, cache)
-        return self.reward_head(x), self.end_head(x), self.token_head(x)
+        return self.reward_head(x).float(), self.end_head(x).float(), self.token_head(x).float()
 
     def step_token(self, tokens: th.Tensor, cache: KVCache) -> th.Tensor:
         """
@@ -108,7 +109,7 @@ class WorldModel(nn.Module):
         :param cache: Everything before ``tokens``; takes them in.
         :return: Logits of the token that follows, (B, V).
         """
-        return self.token_head(self._append(self.token_embedding(tokens).unsqueeze(1), cache))
+        return self.token_head(self._append(self.token_embedding(tokens).unsqueeze(1), cache)).float()
 
     def _append(self, x: th.Tensor, cache: KVCache) -> th.Tensor:
         """Pass n embedded positions, (B, n, D), that follow the cached ones; the last one's features, (B, D)."""

@@ -17,9 +17,11 @@ def read_in_chunks(transformer: Transformer, x: th.Tensor, cache: KVCache, chunk
     return th.cat([transformer(chunk, cache) for chunk in x.split(chunks, dim=1)], dim=1)
 
 
+@pytest.mark.parametrize("memory_chunk", [1, 4, LENGTH, 64])
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [LENGTH], [5, 1, 1, 5], [1, 11], [3, 2, 4, 3], [11, 1]])
 @th.no_grad()
-def test_cache_equals_one_pass(chunks: list[int]) -> None:
+def test_cache_equals_one_pass(chunks: list[int], memory_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "CHUNK", memory_chunk)
     transformer = make_transformer()
     x = th.randn(2, LENGTH, 12)
     expected = transformer(x)
