@@ -15,8 +15,8 @@ class KVCache:
     """
     Keys and values of the positions seen so far, written in place.
 
-    On a CPU the memory of each block grows by ``CHUNK`` positions at a time and is used whole, as products of a part of a tensor
-    would copy that part first; elsewhere it is allocated once.
+    On a CPU the memory of each block grows by ``CHUNK`` positions at a time and is used whole: products of a part of a tensor
+    would copy that part first. Elsewhere it is allocated once.
 
     :param n_layers: Number of blocks.
     :param batch_size: Number of sequences that advance together.
