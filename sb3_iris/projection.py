@@ -27,7 +27,8 @@ def projected_days(model: "IRIS", n_steps: int = 100_000) -> float:
         times = []
         for _ in range(2):  # the first pass may have to wait for memory and threads
             start = time.perf_counter()
-            function()
+            with model._autocast():
+                function()
             times.append(time.perf_counter() - start)
         return min(times)
 
