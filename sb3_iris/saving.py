@@ -100,15 +100,9 @@ class SavingAlgorithm(BaseAlgorithm):
         self.replay_buffer.forget_tokens()
 
     def _excluded_save_params(self) -> list[str]:
-        of_this_process = [
-            "_perceptual_loss",
-            "_progress_bar",
-            "_learn_progress",
-            "_resumed",
-            "_checkpoint_lock",
-            "_autocast_dtype",
-        ]
-        return [*super()._excluded_save_params(), *of_this_process, "_run_checkpoints", "_held_out", "_collapse_warnings"]
+        of_this_process = ["_autocast_dtype", "_perceptual_loss", "_progress_bar", "_checkpoint_lock"]
+        of_this_call = ["_learn_progress", "_resumed", "_run_checkpoints", "_held_out", "_collapse_warnings"]
+        return [*super()._excluded_save_params(), *of_this_process, *of_this_call]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", *(f"policy.{name}_optimizer" for name in NETWORKS)], []

@@ -24,22 +24,14 @@ class KVCache:
     :param max_length: Most positions that a sequence can have.
     :param head_size: Size of one head.
     :param device: Where the cache lives.
-    :param dtype: Of keys and values.
     """
 
-    CHUNK = 64
+    CHUNK = 64  # small enough to read little in vain, large enough to grow seldom
 
     def __init__(
-        self,
-        n_layers: int,
-        batch_size: int,
-        n_heads: int,
-        max_length: int,
-        head_size: int,
-        device: th.device,
-        dtype: th.dtype = th.float32,
+        self, n_layers: int, batch_size: int, n_heads: int, max_length: int, head_size: int, device: th.device
     ) -> None:
-        empty = th.empty(batch_size, n_heads, 0, head_size, device=device, dtype=dtype)
+        empty = th.empty(batch_size, n_heads, 0, head_size, device=device)
         self.keys = [empty] * n_layers
         self.values = [empty] * n_layers
         self.max_length = max_length
@@ -58,16 +50,17 @@ class KVCache:
         end = self.length + keys.shape[2]
         assert end <= self.max_length, (end, self.max_length)
         if end > self.keys[layer].shape[2]:
-            self.keys[layer], self.values[layer] = self._grown(self.keys[layer], end), self._grown(self.values[layer], end)
+            self.keys[layer] = self._grown(self.keys[layer], keys, end)
+            self.values[layer] = self._grown(self.values[layer], values, end)
         self.keys[layer][:, :, self.length : end] = keys
         self.values[layer][:, :, self.length : end] = values
         return self.keys[layer], self.values[layer]
 
-    def _grown(self, old: th.Tensor, length: int) -> th.Tensor:
-        """The same in memory for ``length`` positions or somewhat more; what is new is zero."""
+    def _grown(self, old: th.Tensor, coming: th.Tensor, length: int) -> th.Tensor:
+        """The old ones in memory of the new ones' type for ``length`` positions or somewhat more, zero where it is free."""
         B, nh, n, hd = old.shape
         chunk = self.CHUNK if old.device.type == "cpu" else self.max_length
-        new = old.new_empty(B, nh, -(-length // chunk) * chunk, hd)
+        new = coming.new_empty(B, nh, -(-length // chunk) * chunk, hd)
         new[:, :, :n] = old
         new[:, :, n:] = 0
         return new
@@ -169,9 +162,7 @@ class Transformer(nn.Module):
         :return: An empty cache that holds ``max_length`` positions, on the network's device.
         """
         head_size = self.embed_dim // self.n_heads
-        device = self.ln_out.weight.device
-        dtype = th.get_autocast_dtype(device.type) if th.is_autocast_enabled(device.type) else self.ln_out.weight.dtype
-        return KVCache(len(self.blocks), batch_size, self.n_heads, self.max_length, head_size, device, dtype)
+        return KVCache(len(self.blocks), batch_size, self.n_heads, self.max_length, head_size, self.ln_out.weight.device)
 
     def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
         """
