@@ -4,7 +4,8 @@ IRIS against PPO, DQN, QR-DQN and RecurrentPPO: the same environment, number of 
     python benchmarks/compare.py --env MinAtar/Breakout --steps 10000 --out runs/compare --jobs 2
     python benchmarks/compare.py --env Pong --steps 100000 --algos iris dqn --seeds 0 1 2 --out runs/compare_pong
 
-``--env`` is a game of MinAtar or an Atari game. Settings are those of ``iris.yml`` and ``baselines.yml`` in ``hyperparams/``.
+``--env`` is a game of MinAtar or an Atari game; one of the algorithms is random play. Settings are those of ``iris.yml`` and
+``baselines.yml`` in ``hyperparams/``; on a CPU, Atari games want ``--preset laptop``.
 ``--set`` changes single settings of IRIS, for an ablation::
 
     python benchmarks/compare.py --algos iris --set policy_kwargs.actor_critic_input=frames --out runs/frames
@@ -53,6 +54,7 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
     "qrdqn": QRDQN,
     "recurrent_ppo": RecurrentPPO,
 }
+PLAYERS = (*ALGOS, "random")
 OURS = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "sign_rewards")  # not the constructor's
 MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 EVALUATION_SEED = 1_000_000
@@ -111,15 +113,20 @@ class Progress(BaseCallback):
         return not self.stop or self.num_timesteps < self.run.spec["steps"]
 
 
-def settings(algo: str, env: str) -> dict[str, Any]:
+def settings(algo: str, env: str, preset: str | None = None) -> dict[str, Any]:
     """
-    :param algo: Name in ``ALGOS``.
+    :param algo: Name in ``PLAYERS``.
     :param env: Environment.
+    :param preset: Section ``atari-PRESET`` of IRIS's settings for an Atari game; None for the one that is made for the game.
     :return: What the settings files say.
     """
     kind, _, game = env.rpartition("/")
+    if algo == "random":
+        return {}
     if algo == "iris":
         sections = yaml.safe_load((HERE / "hyperparams" / "iris.yml").read_text())
+        if preset is not None:
+            return sections[f"atari-{preset}"]
         section = f"MinAtar/{game}-v1" if kind == "MinAtar" else f"ALE/{env}-v5"
         return sections.get(section, sections["atari"])
     return yaml.safe_load((HERE / "hyperparams" / "baselines.yml").read_text())["minatar" if kind == "MinAtar" else "atari"][
@@ -181,6 +188,43 @@ def play(run: runs.Run, device: str = "auto") -> None:
     data.update(status="training", steps=0, training_games=[], evaluation_games=[], seconds={})
     run.save()
     began = time.monotonic()
+    model = train(run, config, device) if algo in ALGOS else None
+    data["seconds"]["training"] = time.monotonic() - began
+    data["status"] = "evaluating"
+    run.save()
+
+    began = time.monotonic()
+    eval_env = make_env(env, 1, EVALUATION_SEED + spec["seed"] * 1000, True, config.get("frame_stack", 1))
+    eval_env.action_space.seed(spec["seed"])
+    obs, state, start = eval_env.reset(), None, np.ones(1, dtype=bool)
+    while len(data["evaluation_games"]) < spec["eval_games"]:
+        if model is None:
+            action = np.array([eval_env.action_space.sample()])
+        else:
+            action, state = model.predict(obs, state, start, deterministic=False)  # type: ignore[arg-type, assignment]
+        obs, _, start, infos = eval_env.step(action)
+        if "episode" in infos[0]:
+            episode = infos[0]["episode"]
+            data["evaluation_games"].append({"score": float(episode["r"]), "frames": int(episode["l"])})
+            run.save(at_most_every=10)
+    eval_env.close()
+    data["seconds"]["evaluation"] = time.monotonic() - began
+    data["score"] = float(np.mean([game["score"] for game in data["evaluation_games"]]))
+    data["status"] = "done"
+    run.save()
+
+
+def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
+    """
+    Train one algorithm and keep its model.
+
+    :param run: The run.
+    :param config: Its settings.
+    :param device: Device of the networks.
+    :return: The trained algorithm.
+    """
+    spec = run.spec
+    env, algo = spec["env"], spec["agent"]
     stack, sign = config.get("frame_stack", 1), config.get("sign_rewards", False)
     vec_env = make_env(env, config["n_envs"], spec["seed"] * 1000, False, stack, sign)
     kwargs = {name: value for name, value in config.items() if name not in OURS}
@@ -192,27 +236,9 @@ def play(run: runs.Run, device: str = "auto") -> None:
     make: Callable[..., BaseAlgorithm] = ALGOS[algo]
     model = make(env=vec_env, seed=spec["seed"], device=device, **kwargs)
     model.learn(spec["steps"], callback=Progress(run, stop=algo != "iris"))
-    data["seconds"]["training"] = time.monotonic() - began
-    data["status"] = "evaluating"
-    run.save()
     vec_env.close()
     model.save(run.folder / "model.zip")
-
-    began = time.monotonic()
-    eval_env = make_env(env, 1, EVALUATION_SEED + spec["seed"] * 1000, True, stack)
-    obs, state, start = eval_env.reset(), None, np.ones(1, dtype=bool)
-    while len(data["evaluation_games"]) < spec["eval_games"]:
-        action, state = model.predict(obs, state=state, episode_start=start, deterministic=False)  # type: ignore[arg-type]
-        obs, _, start, infos = eval_env.step(action)
-        if "episode" in infos[0]:
-            episode = infos[0]["episode"]
-            data["evaluation_games"].append({"score": float(episode["r"]), "frames": int(episode["l"])})
-            run.save(at_most_every=10)
-    eval_env.close()
-    data["seconds"]["evaluation"] = time.monotonic() - began
-    data["score"] = float(np.mean([game["score"] for game in data["evaluation_games"]]))
-    data["status"] = "done"
-    run.save()
+    return model
 
 
 def report(out: Path, reps: int = 2_000) -> str:
@@ -242,7 +268,7 @@ def report(out: Path, reps: int = 2_000) -> str:
     def estimates(scores: np.ndarray) -> np.ndarray:
         return np.array([metrics.aggregate_mean(scores), metrics.aggregate_iqm(scores)])
 
-    for algo in ALGOS:
+    for algo in PLAYERS:
         of_algo = [data for data in found if data["spec"]["agent"] == algo]
         done = [data for data in of_algo if data["status"] == "done"]
         if not of_algo:
@@ -280,10 +306,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs and of the report")
     parser.add_argument("--env", default="MinAtar/Breakout", help="MinAtar/GAME or an Atari game (default: MinAtar/Breakout)")
-    parser.add_argument("--algos", nargs="+", default=list(ALGOS), choices=list(ALGOS), help="default: all")
+    parser.add_argument("--algos", nargs="+", default=PLAYERS, choices=PLAYERS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--steps", type=int, default=10_000, help="env steps a run (default: 10000)")
     parser.add_argument("--eval-games", type=int, default=100, help="games after training (default: 100)")
+    parser.add_argument("--preset", help="section atari-PRESET of hyperparams/iris.yml for IRIS, for instance laptop")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of IRIS that differ, in YAML")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     runs.add_arguments(parser)
@@ -294,13 +321,17 @@ def main() -> int:
         kind, _, game = args.env.rpartition("/")
         if kind not in ("", "MinAtar") or (kind == "MinAtar" and game not in MINATAR):
             raise ValueError(f"--env {args.env}: give an Atari game, or MinAtar/ and one of {', '.join(MINATAR)}")
+        sections = yaml.safe_load((HERE / "hyperparams" / "iris.yml").read_text())
+        presets = [name.removeprefix("atari-") for name in sections if name.startswith("atari-")]
+        if args.preset is not None and (kind == "MinAtar" or args.preset not in presets):
+            raise ValueError(f"--preset {args.preset}: it must be one of {', '.join(presets)}, and is for Atari games only")
         if kind == "":
             make_atari_env(args.env).close()  # complains about an unknown game
         specs = {}
         for seed in dict.fromkeys(args.seeds):
             for algo in dict.fromkeys(args.algos):
                 spec = {"benchmark": "compare", "agent": algo, "env": args.env, "seed": seed, "steps": args.steps}
-                config = dict(settings(algo, args.env))
+                config = dict(settings(algo, args.env, args.preset))
                 for assignment in args.set if algo == "iris" else []:
                     change(config, assignment)
                 spec |= {"eval_games": args.eval_games, "config": config}

@@ -38,6 +38,23 @@ def test_every_algorithm(tmp_path: Path, algo: str) -> None:
         assert compare.ALGOS[algo].load(tmp_path / "model.zip")._n_updates > 0 or algo in ("ppo", "recurrent_ppo")
 
 
+def test_random_play(tmp_path: Path) -> None:
+    """What it scores is what the same actions score in the same games; nothing is trained."""
+    runs.create({tmp_path: spec("random") | {"seed": 3}})
+    runs.work(tmp_path, "benchmarks.compare:play", {"device": "cpu"})
+    data = runs.read(tmp_path)
+    env = compare.make_env("MinAtar/Breakout", 1, compare.EVALUATION_SEED + 3000, evaluation=True)
+    env.action_space.seed(3)
+    env.reset()
+    scores: list[float] = []
+    while len(scores) < 2:
+        _, _, _, infos = env.step(np.array([env.action_space.sample()]))
+        scores += [info["episode"]["r"] for info in infos if "episode" in info]
+    assert data["status"] == "done" and data["steps"] == 0
+    assert [game["score"] for game in data["evaluation_games"]] == scores and data["score"] == np.mean(scores)
+    assert not (tmp_path / "model.zip").exists()
+
+
 def test_same_environment() -> None:
     """Beside stacking frames and taking signs of rewards, all algorithms see the same."""
     plain = compare.make_env("Asterix", 1, seed=3, evaluation=False)
@@ -64,6 +81,8 @@ def test_settings() -> None:
     sections = yaml.safe_load((compare.HERE / "hyperparams" / "iris.yml").read_text())
     assert compare.settings("iris", "Pong") == sections["atari"]
     assert compare.settings("iris", "Freeway")["temperature"] == 0.01
+    assert compare.settings("iris", "Pong", "laptop") == sections["atari-laptop"]
+    assert compare.settings("dqn", "Pong", "laptop") == compare.settings("dqn", "Pong")
     for env in ("MinAtar/Breakout", "Pong"):
         for algo in compare.ALGOS:
             assert compare.settings(algo, env)["n_envs"] >= 1
@@ -101,6 +120,14 @@ def test_report(tmp_path: Path) -> None:
 def test_unknown_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str, message: str) -> None:
     monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out"), "--env", env])
     with pytest.raises(ValueError, match=message):
+        compare.main()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("env", "preset"), [("Pong", "desktop"), ("MinAtar/Breakout", "laptop")])
+def test_unknown_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str, preset: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out"), "--env", env, "--preset", preset])
+    with pytest.raises(ValueError, match=f"--preset {preset}: it must be one of laptop, smoke"):
         compare.main()
     assert not (tmp_path / "out").exists()
 
