@@ -121,6 +121,7 @@ def in_pieces(folder: Path, total: int, n_envs: int, save_freq: int = 4, **kwarg
             {"final_training_epochs": 1, "policy_kwargs": {"robust_tokenizer": True}},
         ),  # the last epoch is half a one
         (1, 16, 4 + 1, {"tokenizer_learning_stops": 9}),
+        (1, 16, 4 + 1, {"amp": "bfloat16"}),
     ],
 )
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, n_envs, total, pieces, kwargs):
