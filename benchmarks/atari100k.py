@@ -63,18 +63,26 @@ def presets() -> dict[str, str]:
     return {"paper": "atari", **{name.removeprefix("atari-"): name for name in sections if name.startswith("atari-")}}
 
 
+def section(preset: str, game: str) -> dict[str, Any]:
+    """
+    :param preset: ``"paper"`` or another name from ``presets``.
+    :param game: Game, as in ``GAMES``.
+    :return: What the settings file says, the environment's settings included.
+    """
+    sections = yaml.safe_load(SETTINGS.read_text())
+    config = dict(sections[presets()[preset]])
+    # What sets a game apart from the others in the paper sets it apart in every preset
+    exception = sections.get(f"ALE/{game}-v5", {})
+    return config | {name: value for name, value in exception.items() if value != sections["atari"].get(name)}
+
+
 def settings(preset: str, game: str) -> dict[str, Any]:
     """
     :param preset: ``"paper"`` or another name from ``presets``.
     :param game: Game, as in ``GAMES``.
     :return: Arguments of ``IRIS``.
     """
-    sections = yaml.safe_load(SETTINGS.read_text())
-    config = dict(sections[presets()[preset]])
-    # What sets a game apart from the others in the paper sets it apart in every preset
-    exception = sections.get(f"ALE/{game}-v5", {})
-    config.update({name: value for name, value in exception.items() if value != sections["atari"].get(name)})
-    return {name: value for name, value in config.items() if name not in FOR_THE_ZOO}
+    return {name: value for name, value in section(preset, game).items() if name not in FOR_THE_ZOO}
 
 
 def make_spec(args: argparse.Namespace, game: str, seed: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import runs
+from benchmarks import atari100k, runs
 from sb3_iris import IRIS
 from sb3_iris.atari_wrappers import make_atari_env
 
@@ -113,22 +113,20 @@ class Progress(BaseCallback):
         return not self.stop or self.num_timesteps < self.run.spec["steps"]
 
 
-def settings(algo: str, env: str, preset: str | None = None) -> dict[str, Any]:
+def settings(algo: str, env: str, preset: str = "paper") -> dict[str, Any]:
     """
     :param algo: Name in ``PLAYERS``.
     :param env: Environment.
-    :param preset: Section ``atari-PRESET`` of IRIS's settings for an Atari game; None for the one that is made for the game.
+    :param preset: IRIS's settings for an Atari game, a name from ``atari100k.presets``.
     :return: What the settings files say.
     """
     kind, _, game = env.rpartition("/")
     if algo == "random":
         return {}
     if algo == "iris":
-        sections = yaml.safe_load((HERE / "hyperparams" / "iris.yml").read_text())
-        if preset is not None:
-            return sections[f"atari-{preset}"]
-        section = f"MinAtar/{game}-v1" if kind == "MinAtar" else f"ALE/{env}-v5"
-        return sections.get(section, sections["atari"])
+        if kind == "MinAtar":
+            return yaml.safe_load(atari100k.SETTINGS.read_text())[f"MinAtar/{game}-v1"]
+        return atari100k.section(preset, env)
     return yaml.safe_load((HERE / "hyperparams" / "baselines.yml").read_text())["minatar" if kind == "MinAtar" else "atari"][
         algo
     ]
@@ -310,7 +308,9 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--steps", type=int, default=10_000, help="env steps a run (default: 10000)")
     parser.add_argument("--eval-games", type=int, default=100, help="games after training (default: 100)")
-    parser.add_argument("--preset", help="section atari-PRESET of hyperparams/iris.yml for IRIS, for instance laptop")
+    parser.add_argument(
+        "--preset", default="paper", help="IRIS's settings for an Atari game, as in atari100k.py (default: paper)"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of IRIS that differ, in YAML")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     runs.add_arguments(parser)
@@ -321,9 +321,8 @@ def main() -> int:
         kind, _, game = args.env.rpartition("/")
         if kind not in ("", "MinAtar") or (kind == "MinAtar" and game not in MINATAR):
             raise ValueError(f"--env {args.env}: give an Atari game, or MinAtar/ and one of {', '.join(MINATAR)}")
-        sections = yaml.safe_load((HERE / "hyperparams" / "iris.yml").read_text())
-        presets = [name.removeprefix("atari-") for name in sections if name.startswith("atari-")]
-        if args.preset is not None and (kind == "MinAtar" or args.preset not in presets):
+        presets = atari100k.presets()
+        if args.preset not in presets or (kind == "MinAtar" and args.preset != "paper"):
             raise ValueError(f"--preset {args.preset}: it must be one of {', '.join(presets)}, and is for Atari games only")
         if kind == "":
             make_atari_env(args.env).close()  # complains about an unknown game

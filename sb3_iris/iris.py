@@ -45,7 +45,7 @@ class IRIS(SavingAlgorithm):
 
     Plays ``train_freq`` steps, then trains the tokenizer, the world model and, in imagination alone, the actor-critic; that
     pair is an epoch. After the last step ``final_training_epochs`` more training phases follow. Every default is the paper's,
-    except where that is known to fail: see ``robust_tokenizer`` and ``actor_critic_input`` of ``CnnLstmPolicy``.
+    except where that is known to fail: see ``robust_tokenizer`` and ``actor_critic_input`` of ``CnnLstmPolicy``; and ``amp``.
 
     :param policy: ``"CnnPolicy"`` or a subclass of ``CnnLstmPolicy``.
     :param env: Environment with uint8 images and Discrete actions, or its name if it is registered with Gymnasium.

@@ -23,7 +23,7 @@ def autocast_dtype(amp: str | None, device: th.device, embed_dim: int) -> th.dty
 def _computes_bfloat16(device: th.device) -> bool:
     """Whether the hardware multiplies bfloat16 numbers itself."""
     if device.type == "cuda":
-        return th.cuda.is_bf16_supported() and th.cuda.get_device_capability(device)[0] >= 8
+        return th.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
         return any(
             getattr(th.cpu, f"_is_{unit}_supported", lambda: False)()  # not in all releases of PyTorch

@@ -82,6 +82,7 @@ def test_settings() -> None:
     assert compare.settings("iris", "Pong") == sections["atari"]
     assert compare.settings("iris", "Freeway")["temperature"] == 0.01
     assert compare.settings("iris", "Pong", "laptop") == sections["atari-laptop"]
+    assert compare.settings("iris", "Freeway", "laptop") == sections["atari-laptop"] | {"temperature": 0.01}
     assert compare.settings("dqn", "Pong", "laptop") == compare.settings("dqn", "Pong")
     for env in ("MinAtar/Breakout", "Pong"):
         for algo in compare.ALGOS:
@@ -127,7 +128,7 @@ def test_unknown_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
 @pytest.mark.parametrize(("env", "preset"), [("Pong", "desktop"), ("MinAtar/Breakout", "laptop")])
 def test_unknown_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str, preset: str) -> None:
     monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out"), "--env", env, "--preset", preset])
-    with pytest.raises(ValueError, match=f"--preset {preset}: it must be one of laptop, smoke"):
+    with pytest.raises(ValueError, match=f"--preset {preset}: it must be one of paper, laptop, smoke"):
         compare.main()
     assert not (tmp_path / "out").exists()
 
