@@ -183,7 +183,7 @@ class ImaginedGame:
         """One step of a cohort, which moves on to the next frames if they are wanted; rewards and ends."""
         world_model, K = self.world_model, self.world_model.tokens_per_frame
         if cohort.cache is None:
-            cohort.cache = world_model.transformer.make_cache(len(actions))
+            cohort.cache = world_model.transformer.make_cache()
         if cohort.cache.length == 0:
             for past_tokens, past_actions in cohort.past:
                 world_model.step_action(past_tokens, past_actions, cohort.cache)

@@ -18,22 +18,14 @@ class KVCache:
     On a CPU the memory of each block grows by ``CHUNK`` positions at a time and is used whole: products of a part of a tensor
     would copy that part first. Elsewhere it is allocated once.
 
-    :param n_layers: Number of blocks.
-    :param batch_size: Number of sequences that advance together.
-    :param n_heads: Attention heads per block.
-    :param max_length: Most positions that a sequence can have.
-    :param head_size: Size of one head.
-    :param device: Where the cache lives.
+    :param max_length: Most positions that a sequence can have. All other sizes are those of the first keys.
     """
 
     CHUNK = 64  # small enough to read little in vain, large enough to grow seldom
 
-    def __init__(
-        self, n_layers: int, batch_size: int, n_heads: int, max_length: int, head_size: int, device: th.device
-    ) -> None:
-        empty = th.empty(batch_size, n_heads, 0, head_size, device=device)
-        self.keys = [empty] * n_layers
-        self.values = [empty] * n_layers
+    def __init__(self, max_length: int) -> None:
+        self.keys: list[th.Tensor] = []  # of each block, (B, nh, at least length, hd)
+        self.values: list[th.Tensor] = []
         self.max_length = max_length
         self.length = 0
 
@@ -49,18 +41,21 @@ class KVCache:
         """
         end = self.length + keys.shape[2]
         assert end <= self.max_length, (end, self.max_length)
+        if layer == len(self.keys):
+            self.keys.append(keys[:, :, :0])
+            self.values.append(values[:, :, :0])
         if end > self.keys[layer].shape[2]:
-            self.keys[layer] = self._grown(self.keys[layer], keys, end)
-            self.values[layer] = self._grown(self.values[layer], values, end)
+            self.keys[layer] = self._grown(self.keys[layer], end)
+            self.values[layer] = self._grown(self.values[layer], end)
         self.keys[layer][:, :, self.length : end] = keys
         self.values[layer][:, :, self.length : end] = values
         return self.keys[layer], self.values[layer]
 
-    def _grown(self, old: th.Tensor, coming: th.Tensor, length: int) -> th.Tensor:
-        """The old ones in memory of the new ones' type for ``length`` positions or somewhat more, zero where it is free."""
+    def _grown(self, old: th.Tensor, length: int) -> th.Tensor:
+        """The same in memory for ``length`` positions or somewhat more; what is new is zero."""
         B, nh, n, hd = old.shape
         chunk = self.CHUNK if old.device.type == "cpu" else self.max_length
-        new = coming.new_empty(B, nh, -(-length // chunk) * chunk, hd)
+        new = old.new_empty(B, nh, -(-length // chunk) * chunk, hd)
         new[:, :, :n] = old
         new[:, :, n:] = 0
         return new
@@ -156,13 +151,11 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout, layer) for layer in range(n_layers))
         self.ln_out = nn.LayerNorm(embed_dim)
 
-    def make_cache(self, batch_size: int) -> KVCache:
+    def make_cache(self) -> KVCache:
         """
-        :param batch_size: Number of sequences that advance together.
-        :return: An empty cache that holds ``max_length`` positions, on the network's device.
+        :return: An empty cache that holds ``max_length`` positions.
         """
-        head_size = self.embed_dim // self.n_heads
-        return KVCache(len(self.blocks), batch_size, self.n_heads, self.max_length, head_size, self.ln_out.weight.device)
+        return KVCache(self.max_length)
 
     def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
         """

@@ -140,7 +140,7 @@ def test_steps_equal_one_pass(n_unread: int) -> None:
     assert expected.reward_logits.shape == (B, T, 3)
     assert expected.end_logits.shape == (B, T, 2)
 
-    cache = world_model.transformer.make_cache(B)
+    cache = world_model.transformer.make_cache()
     for t in range(T):
         for k in range(K - n_unread):
             token_logits = world_model.step_token(tokens[:, t, k], cache)
