@@ -335,10 +335,11 @@ class IRIS(SavingAlgorithm):
             for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
                 with self._autocast():
                     loss, logs = compute_loss()
-                optimizer.zero_grad()
-                loss.backward()
-                logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
-                optimizer.step()
+                if loss.requires_grad:  # a PatchTokenizer learns without
+                    optimizer.zero_grad()
+                    loss.backward()
+                    logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
+                    optimizer.step()
                 history.append(logs)
         finally:  # after Ctrl-C one may want to play in the world model, without dropout
             network.eval()
@@ -347,6 +348,7 @@ class IRIS(SavingAlgorithm):
         for key in history[0]:
             self.logger.record(f"{name}/{key}", th.stack([logs[key] for logs in history]).mean().item())
         self.logger.record(f"time/{name}_seconds", time.perf_counter() - start)
+        self._collapse_warnings.look(name, self.logger.name_to_value, self)
 
     def _autocast(self) -> th.autocast:
         """The precision of a training phase; casts of weights live as long as the context, so one step at most."""
@@ -462,7 +464,6 @@ class IRIS(SavingAlgorithm):
                 progress = self.num_timesteps
             self._update_current_progress_remaining(progress, progress_at_end)
             self.train()
-            self._collapse_warnings.look(self.logger.name_to_value, self)
             at.epoch_end = None
             at.final_epochs_left -= is_final
             at.epochs += 1

@@ -132,6 +132,15 @@ def set_up_perceptual_loss(model: "IRIS") -> PerceptualLoss | None:
     :return: The loss, see ``make_perceptual_loss``.
     """
     policy_kwargs, parameters = model.policy_kwargs, inspect.signature(model.policy_class).parameters
+    if policy_kwargs.get("patch_tokenizer") is True:
+        if model.perceptual_loss not in (None, "auto"):
+            raise ValueError(
+                f"perceptual_loss={model.perceptual_loss!r} does not go with patch_tokenizer=True, which is not trained by a "
+                "loss: leave it out"
+            )
+        if policy_kwargs.get("robust_tokenizer") == "auto":
+            del policy_kwargs["robust_tokenizer"]
+        return None
     robust = policy_kwargs.get("robust_tokenizer", False)  # files from before there was "auto" may not have it
     default = parameters["image_size"].default if "image_size" in parameters else 64
     image_size = policy_kwargs.get("image_size", default)

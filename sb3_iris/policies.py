@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_iris.actor_critic import ActorCritic, sample_categorical
-from sb3_iris.tokenizer import Tokenizer
+from sb3_iris.tokenizer import PatchTokenizer, Tokenizer
 from sb3_iris.type_aliases import LSTMState
 from sb3_iris.validation import check_network_sizes, check_positive
 from sb3_iris.world_model import WorldModel
@@ -42,6 +42,8 @@ class CnnLstmPolicy(BasePolicy):
     :param attention_resolutions: Sides of feature maps at which the tokenizer uses self-attention.
     :param robust_tokenizer: Whether to train the tokenizer in a way that needs no perceptual loss, see ``Tokenizer``;
         ``"auto"``: where ``IRIS`` has no perceptual loss. After construction its ``policy_kwargs`` say which of the two it is.
+    :param patch_tokenizer: Whether tokens are the frame's patches of 2 ** (levels - 1) pixels a side, see ``PatchTokenizer``:
+        for games drawn from few tiles. ``codebook_size`` is how many at most, no other size of the tokenizer counts.
     :param n_layers: Transformer blocks of the world model.
     :param n_heads: Attention heads per block.
     :param embed_dim: Embedding size of the world model; a multiple of ``n_heads``.
@@ -70,6 +72,7 @@ class CnnLstmPolicy(BasePolicy):
         n_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (8, 16),
         robust_tokenizer: bool | str = "auto",
+        patch_tokenizer: bool = False,
         n_layers: int = 10,
         n_heads: int = 4,
         embed_dim: int = 256,
@@ -107,23 +110,28 @@ class CnnLstmPolicy(BasePolicy):
         self.image_space = spaces.Box(0, 255, (channels, height, width), dtype=np.uint8)
         self.eval_temperature = eval_temperature
 
-        self.tokenizer = Tokenizer(
-            (channels, height, width),
-            codebook_size,
-            codebook_dim,
-            tokenizer_channels,
-            channel_multipliers,
-            n_res_blocks,
-            attention_resolutions,
-            latent_channels,
-            robust_tokenizer is True,  # a policy without an algorithm is not trained
-        )
+        image_shape = (channels, height, width)
+        self.tokenizer: Tokenizer | PatchTokenizer
+        if patch_tokenizer:
+            self.tokenizer = PatchTokenizer(image_shape, codebook_size, 2 ** (len(channel_multipliers) - 1))
+        else:
+            self.tokenizer = Tokenizer(
+                image_shape,
+                codebook_size,
+                codebook_dim,
+                tokenizer_channels,
+                channel_multipliers,
+                n_res_blocks,
+                attention_resolutions,
+                latent_channels,
+                robust_tokenizer is True,  # a policy without an algorithm is not trained
+            )
         n_actions = int(action_space.n)
         self.world_model = WorldModel(
             codebook_size, n_actions, self.tokenizer.tokens_per_frame, sequence_length, embed_dim, n_layers, n_heads, dropout
         )
         sees_codes = actor_critic_input == "codes" or (actor_critic_input == "auto" and min(height, width) < 32)
-        input_shape = (codebook_dim, *self.tokenizer.grid) if sees_codes else (channels, height, width)
+        input_shape = (self.tokenizer.codebook_dim, *self.tokenizer.grid) if sees_codes else image_shape
         self.actor_critic = ActorCritic(input_shape, n_actions, lstm_hidden_size, sees_codes)
         self.set_training_mode(False)  # only the world model's own training phase wants its dropout
 
@@ -188,10 +196,7 @@ class CnnLstmPolicy(BasePolicy):
         :param tokens: (..., K) int64 in [0, V)
         :return: Decoded frames (..., C, H, W) float32 in [0, 1], or codes (..., codebook_dim, h, w) float32
         """
-        if not self.actor_critic.sees_codes:
-            return self.tokenizer.decode(tokens)
-        codes = self.tokenizer.quantizer.lookup(tokens.flatten(0, -2), self.tokenizer.grid)
-        return codes.view(*tokens.shape[:-1], *codes.shape[1:])
+        return self.tokenizer.codes(tokens) if self.actor_critic.sees_codes else self.tokenizer.decode(tokens)
 
     @th.no_grad()
     def act(self, observations: np.ndarray, state: LSTMState) -> tuple[th.Tensor, LSTMState]:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from sb3_iris.type_aliases import Logs, QuantizerOutput
 
+VISIBLE = 0.1  # difference of a value, on the [0, 1] scale, from which on something is not the same
+
 PerceptualLoss = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 
@@ -135,8 +137,12 @@ class VectorQuantizer(nn.Module):
         flat = z.flatten(2).transpose(1, 2)  # (B, K, codebook_dim)
         with th.autocast(z.device.type, enabled=False):  # entries differ by less than bfloat16 tells apart
             # |z - e|^2 without |z|^2, which is the same for all entries
-            distances = self.codebook.square().sum(1) - 2 * flat @ self.codebook.t()  # (B, K, V)
+            distances = self._squares() - 2 * flat @ self.codebook.t()  # (B, K, V)
         return distances.argmin(-1)
+
+    def _squares(self) -> th.Tensor:
+        """(V,) squared lengths of the entries."""
+        return self.codebook.square().sum(1)
 
     def lookup(self, tokens: th.Tensor, grid: Sequence[int]) -> th.Tensor:
         """
@@ -147,7 +153,174 @@ class VectorQuantizer(nn.Module):
         return F.embedding(tokens, self.codebook).transpose(1, 2).unflatten(2, tuple(grid))
 
 
-class Tokenizer(nn.Module):
+class PatchCodebook(VectorQuantizer):
+    """
+    Codes that are patches as they were first seen. They are added as they come and never change, so that a token means the
+    same for ever: the nearest-neighbour tokenizer of "Improving Transformer World Models for Data-Efficient RL",
+    https://arxiv.org/abs/2502.01591.
+
+    :param codebook_size: Most entries V.
+    :param codebook_dim: Values in a patch.
+    """
+
+    n_patches: th.Tensor  # () int64, entries so far; the others are grey
+
+    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__(codebook_size, codebook_dim)
+        self.codebook.requires_grad_(False).zero_()
+        self.register_buffer("n_patches", th.zeros((), dtype=th.int64))
+
+    @th.no_grad()
+    def add(self, z: th.Tensor) -> None:
+        """
+        Add the patches that are unlike all entries, as long as there is room.
+
+        :param z: (B, codebook_dim, h, w) on the [-1, 1] scale
+        """
+        flat = z.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * K, codebook_dim)
+        n_patches = int(self.n_patches)
+        new = flat[_unlike(flat, self.codebook[self.nearest(z).flatten()])] if n_patches else flat
+        while len(new) and n_patches < len(self.codebook):
+            self.codebook[n_patches] = new[0]
+            n_patches += 1
+            new = new[_unlike(new, new[0])]
+        self.n_patches.fill_(n_patches)
+
+    def _squares(self) -> th.Tensor:
+        """Not those of the entries that are not there yet, which are nobody's nearest."""
+        there = th.arange(len(self.codebook), device=self.codebook.device) < self.n_patches
+        return super()._squares().masked_fill(~there, math.inf)
+
+
+def _unlike(patches: th.Tensor, others: th.Tensor) -> th.Tensor:
+    """Whether a value differs visibly, for each of the patches (..., codebook_dim) on the [-1, 1] scale."""
+    return ((patches - others).abs() > 2 * VISIBLE).any(-1)
+
+
+class BaseTokenizer(nn.Module):
+    """
+    What is common to all tokenizers: encoder, quantizer and decoder, and how well they do.
+
+    :param image_shape: (C, H, W) of a frame.
+    :param downsampling: Side in pixels of what a token stands for, which divides H and W.
+    :param encoder: (B, C, H, W) on the [-1, 1] scale to (B, codebook_dim, h, w).
+    :param quantizer: The codebook.
+    :param decoder: (B, codebook_dim, h, w) to (B, C, H, W).
+    """
+
+    robust = False  # whether small moving things are kept without a perceptual loss
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        downsampling: int,
+        encoder: nn.Sequential,
+        quantizer: VectorQuantizer,
+        decoder: nn.Sequential,
+    ) -> None:
+        super().__init__()
+        _, height, width = image_shape
+        assert height % downsampling == width % downsampling == 0, (image_shape, downsampling)
+        self.image_shape = image_shape
+        self.grid = (height // downsampling, width // downsampling)
+        self.tokens_per_frame = math.prod(self.grid)
+        self.codebook_size, self.codebook_dim = quantizer.codebook.shape
+        self.encoder = encoder
+        self.quantizer = quantizer
+        self.decoder = decoder
+
+    @th.no_grad()
+    def encode(self, frames: th.Tensor) -> th.Tensor:
+        """
+        :param frames: (..., C, H, W) float32 in [0, 1]
+        :return: (..., K) int64 in [0, V), raster order
+        """
+        leading = frames.shape[:-3]
+        tokens = self.quantizer.nearest(self.encoder(2 * frames.reshape(-1, *frames.shape[-3:]) - 1).float())
+        return tokens.view(*leading, self.tokens_per_frame)
+
+    @th.no_grad()
+    def decode(self, tokens: th.Tensor) -> th.Tensor:
+        """
+        :param tokens: (..., K) int64 in [0, V), raster order
+        :return: (..., C, H, W) float32 in [0, 1]
+        """
+        leading = tokens.shape[:-1]
+        frames = self.decoder(self.quantizer.lookup(tokens.reshape(-1, tokens.shape[-1]), self.grid)).float()
+        return ((frames + 1) / 2).clamp(0, 1).view(*leading, *self.image_shape)
+
+    @th.no_grad()
+    def codes(self, tokens: th.Tensor) -> th.Tensor:
+        """
+        :param tokens: (..., K) int64 in [0, V), raster order
+        :return: (..., codebook_dim, h, w) float32, what an actor-critic that sees codes sees
+        """
+        codes = self.quantizer.lookup(tokens.flatten(0, -2), self.grid)
+        return codes.view(*tokens.shape[:-1], *codes.shape[1:])
+
+    def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
+        """
+        :param frames: (B, C, H, W) float32 in [0, 1]
+        :param perceptual_loss: Takes frames and their reconstructions, (B, C, H, W) on the [-1, 1] scale, and gives
+            distances whose mean is added; None for none.
+        :return: The loss and what to log of it.
+        """
+        raise NotImplementedError
+
+    @th.no_grad()
+    def _quality(self, x: th.Tensor, x_hat: th.Tensor, tokens: th.Tensor) -> Logs:
+        """What to log of frames, their reconstructions (B, C, H, W) on the [-1, 1] scale, and their tokens (B, K)."""
+        frequencies = tokens.flatten().bincount(minlength=self.codebook_size) / tokens.numel()
+        return {
+            "codebook_usage": (frequencies > 0).float().mean(),
+            "codebook_perplexity": th.special.entr(frequencies).sum().exp(),
+            "varying_positions": (tokens != tokens[:1]).any(0).float().mean(),
+            "moving_error": moving_error(x, x_hat),
+        }
+
+
+class PatchTokenizer(BaseTokenizer):
+    """
+    Frames to tokens and back without a network: a token is a patch, see ``PatchCodebook``. For games that are drawn from few
+    different patches, of which each is kept as it is; what comes once the codebook is full looks like the nearest.
+
+    :param image_shape: (C, H, W) of a frame; H and W are multiples of ``patch_size``.
+    :param codebook_size: Most codes V.
+    :param patch_size: Side of a patch in pixels.
+    """
+
+    quantizer: PatchCodebook
+    robust = True
+
+    def __init__(self, image_shape: tuple[int, int, int], codebook_size: int, patch_size: int) -> None:
+        quantizer = PatchCodebook(codebook_size, image_shape[0] * patch_size**2)
+        to_patches, to_frame = nn.PixelUnshuffle(patch_size), nn.PixelShuffle(patch_size)
+        super().__init__(image_shape, patch_size, nn.Sequential(to_patches), quantizer, nn.Sequential(to_frame))
+
+    def codes(self, tokens: th.Tensor) -> th.Tensor:
+        """Pixels in [0, 1]: where the background is black, the actor-critic then need not learn to overlook it."""
+        return (super().codes(tokens) + 1) / 2
+
+    def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
+        """
+        In training mode new patches are learned at once. There is no gradient; the loss says how much is not as it should be.
+
+        :param frames: (B, C, H, W) float32 in [0, 1]
+        :param perceptual_loss: None
+        :return: The loss and what to log of it.
+        """
+        assert perceptual_loss is None, perceptual_loss
+        x = 2 * frames - 1
+        z = self.encoder(x)
+        if self.training:
+            self.quantizer.add(z)
+        tokens = self.quantizer.nearest(z)
+        x_hat = self.decoder(self.quantizer.lookup(tokens, self.grid))
+        loss = F.l1_loss(x_hat, x)
+        return loss, {**self._quality(x, x_hat, tokens), "n_patches": self.quantizer.n_patches.float(), "loss": loss}
+
+
+class Tokenizer(BaseTokenizer):
     """
     Frames to tokens and back (Sec. 2.1 and App. A.1 of "Transformers are Sample-Efficient World Models",
     https://arxiv.org/abs/2209.00588).
@@ -178,15 +351,7 @@ class Tokenizer(nn.Module):
         latent_channels: int | None = None,
         robust: bool = False,
     ) -> None:
-        super().__init__()
         image_channels, height, width = image_shape
-        downsampling = 2 ** (len(channel_multipliers) - 1)
-        assert height % downsampling == width % downsampling == 0, (image_shape, downsampling)
-        self.image_shape = image_shape
-        self.codebook_size = codebook_size
-        self.grid = (height // downsampling, width // downsampling)
-        self.tokens_per_frame = math.prod(self.grid)
-        self.robust = robust
         latent_channels = codebook_dim if latent_channels is None else latent_channels
 
         level_channels = [channels * multiplier for multiplier in channel_multipliers]
@@ -208,9 +373,8 @@ class Tokenizer(nn.Module):
         encoder += [nn.Conv2d(latent_channels, codebook_dim, 1)]
         if robust:
             encoder.append(ChannelNorm())
-        self.encoder = nn.Sequential(*encoder)
 
-        self.quantizer = VectorQuantizer(codebook_size, codebook_dim, revive_after=100 if robust else None)
+        quantizer = VectorQuantizer(codebook_size, codebook_dim, revive_after=100 if robust else None)
 
         decoder: list[nn.Module] = [nn.Conv2d(codebook_dim, latent_channels, 1)]
         decoder += [nn.Conv2d(latent_channels, lowest, 3, padding=1)]
@@ -225,27 +389,9 @@ class Tokenizer(nn.Module):
             if level > 0:
                 decoder.append(Upsample(out_channels))
         decoder += [_group_norm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, image_channels, 3, padding=1)]
-        self.decoder = nn.Sequential(*decoder)
-
-    @th.no_grad()
-    def encode(self, frames: th.Tensor) -> th.Tensor:
-        """
-        :param frames: (..., C, H, W) float32 in [0, 1]
-        :return: (..., K) int64 in [0, V), raster order
-        """
-        leading = frames.shape[:-3]
-        tokens = self.quantizer.nearest(self.encoder(2 * frames.reshape(-1, *frames.shape[-3:]) - 1).float())
-        return tokens.view(*leading, self.tokens_per_frame)
-
-    @th.no_grad()
-    def decode(self, tokens: th.Tensor) -> th.Tensor:
-        """
-        :param tokens: (..., K) int64 in [0, V), raster order
-        :return: (..., C, H, W) float32 in [0, 1]
-        """
-        leading = tokens.shape[:-1]
-        frames = self.decoder(self.quantizer.lookup(tokens.reshape(-1, tokens.shape[-1]), self.grid)).float()
-        return ((frames + 1) / 2).clamp(0, 1).view(*leading, *self.image_shape)
+        downsampling = 2 ** (len(channel_multipliers) - 1)
+        super().__init__(image_shape, downsampling, nn.Sequential(*encoder), quantizer, nn.Sequential(*decoder))
+        self.robust = robust
 
     def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
         """
@@ -274,17 +420,13 @@ class Tokenizer(nn.Module):
         if perceptual_loss is not None:
             logs["perceptual_loss"] = perceptual_loss(x, x_hat).mean()
             loss = loss + logs["perceptual_loss"]
-        frequencies = quantized.tokens.flatten().bincount(minlength=self.codebook_size) / quantized.tokens.numel()
-        logs["codebook_usage"] = (frequencies > 0).float().mean()
-        logs["codebook_perplexity"] = th.special.entr(frequencies).sum().exp()
-        logs["varying_positions"] = (quantized.tokens != quantized.tokens[:1]).any(0).float().mean()
-        logs["moving_error"] = moving_error(x, x_hat.detach())
+        logs |= self._quality(x, x_hat, quantized.tokens)
         logs["loss"] = loss
         return loss, {name: value.detach() for name, value in logs.items()}
 
 
 @th.no_grad()
-def moving_error(x: th.Tensor, x_hat: th.Tensor, threshold: float = 0.1) -> th.Tensor:
+def moving_error(x: th.Tensor, x_hat: th.Tensor, threshold: float = VISIBLE) -> th.Tensor:
     """
     Mean absolute error where something moves: a lost ball costs nothing in the mean over all pixels, everything in the game.
 

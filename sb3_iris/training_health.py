@@ -44,17 +44,35 @@ class CollapseWarnings:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
-        self._phases = 0  # in a row in which all frames looked the same
+        self._phases = 0  # of the tokenizer, in a row, in which all frames looked the same
 
-    def look(self, logged: Mapping[str, Any], model: "IRIS") -> None:
+    def look(self, network: str, logged: Mapping[str, Any], model: "IRIS") -> None:
         """
-        To be called after each training phase.
+        To be called after each training phase of a network.
 
-        :param logged: What training phases have logged.
+        :param network: Its name.
+        :param logged: What it has logged.
         :param model: The model.
         """
-        perplexity = logged.get("tokenizer/codebook_perplexity", math.inf)
-        varying, moving = logged.get("tokenizer/varying_positions", 1.0), logged.get("tokenizer/moving_error", 0.0)
+        if network == "tokenizer":
+            look = self._look_at_patches if "tokenizer/n_patches" in logged else self._look_at_tokenizer
+            look(logged, model)
+        elif network == "actor_critic":
+            self._look_at_policy(logged, model)
+
+    def _look_at_patches(self, logged: Mapping[str, Any], model: "IRIS") -> None:
+        size = model.policy.tokenizer.codebook_size
+        if logged["tokenizer/n_patches"] >= size:
+            self._warn_once(
+                "patches",
+                f"The codebook is full: the game is drawn from more than codebook_size={size} patches, and new ones look like "
+                f"the nearest of those (tokenizer/moving_error {logged['tokenizer/moving_error']:.3f}). Start anew with a "
+                "larger codebook_size, or with patch_tokenizer=False if the images are no mosaic of tiles",
+            )
+
+    def _look_at_tokenizer(self, logged: Mapping[str, Any], model: "IRIS") -> None:
+        perplexity = logged["tokenizer/codebook_perplexity"]
+        varying, moving = logged["tokenizer/varying_positions"], logged["tokenizer/moving_error"]
         self._phases = self._phases + 1 if perplexity < ONE_CODE or (varying < NO_POSITION and moving > 0) else 0
         if self._phases >= PHASES:
             what = f"The codebook is dead: the tokenizer uses one code for everything (perplexity {perplexity:.3f})"
@@ -68,10 +86,12 @@ class CollapseWarnings:
                 way_out = f"policy_kwargs=dict(robust_tokenizer=True), which is made against that, or {way_out}"
             self._warn_once(
                 "codebook",
-                f"{what}, in the last {PHASES} training phases. So all frames look the same to the world model and the "
+                f"{what}, in its last {PHASES} training phases. So all frames look the same to the world model and the "
                 f"policy, and neither can learn. If that does not change soon, start anew with {way_out}",
             )
-        entropy, n_actions = logged.get("actor_critic/entropy", math.inf), model.action_space.n
+
+    def _look_at_policy(self, logged: Mapping[str, Any], model: "IRIS") -> None:
+        entropy, n_actions = logged["actor_critic/entropy"], model.action_space.n
         if n_actions > 1 and entropy < NO_ENTROPY * math.log(n_actions):
             self._warn_once(
                 "policy",

@@ -122,6 +122,7 @@ def in_pieces(folder: Path, total: int, n_envs: int, save_freq: int = 4, **kwarg
         ),  # the last epoch is half a one
         (1, 16, 4 + 1, {"tokenizer_learning_stops": 9}),
         (1, 16, 4 + 1, {"amp": "bfloat16"}),
+        (1, 16, 4 + 1, {"policy_kwargs": {"patch_tokenizer": True}}),
     ],
 )
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, n_envs, total, pieces, kwargs):

@@ -81,10 +81,12 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.slow
-def test_catch() -> None:
+@pytest.mark.parametrize("patch_tokenizer", [False, True])
+def test_catch(patch_tokenizer: bool) -> None:
     """Random play catches the ball in about a sixth of the games, a return of -0.67; more than half of them is asked for."""
     env = make_vec_env(Catch, n_envs=8, seed=0)
-    model = IRIS("CnnPolicy", env, seed=0, device="cpu", **SETTINGS).learn(3_200)
+    settings = {**SETTINGS, "policy_kwargs": {**SETTINGS["policy_kwargs"], "patch_tokenizer": patch_tokenizer}}
+    model = IRIS("CnnPolicy", env, seed=0, device="cpu", **settings).learn(3_200)
     eval_env = make_vec_env(Catch, n_envs=8, seed=1_000)
     returns, _ = evaluate_policy(model, eval_env, n_eval_episodes=100, deterministic=False, return_episode_rewards=True)
     assert np.mean(returns) > 0

@@ -283,6 +283,24 @@ def test_robust_tokenizer_is_checked(value):
     assert f"robust_tokenizer={value!r}" in str(error.value)
 
 
+def test_patches_have_no_perceptual_loss(fake_lpips):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for loss in ("auto", None):
+            make_model(loss, patch_tokenizer=True).learn(4)
+    for given in ("lpips", nn.functional.mse_loss):
+        with pytest.raises(ValueError, match=r"does not go with patch_tokenizer=True.*leave it out") as error:
+            make_model(given, patch_tokenizer=True)
+        assert f"perceptual_loss={given!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["auto", 1, 0, None, [True]])
+def test_patch_tokenizer_is_checked(value):
+    with pytest.raises(ValueError, match="must be True or False") as error:
+        make_model(None, patch_tokenizer=value)
+    assert f"patch_tokenizer={value!r}" in str(error.value)
+
+
 @pytest.mark.filterwarnings("ignore:perceptual_loss")
 @pytest.mark.parametrize("with_lpips_first", [True, False])
 @pytest.mark.parametrize("way", ["save", "checkpoint"])

@@ -399,6 +399,16 @@ def test_robust_tokenizer(tmp_path):
     assert_equal(parameters(model), parameters(loaded))
 
 
+def test_patch_tokenizer(tmp_path):
+    """Its patches and how many they are."""
+    model = tiny(FrameEnv(), policy_kwargs={"patch_tokenizer": True, "codebook_size": 500}).learn(8)
+    model.save(tmp_path / "model")
+    loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
+    assert 1 < loaded.policy.tokenizer.quantizer.n_patches < 500
+    assert_equal(parameters(model), parameters(loaded))
+    assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
+
+
 def test_networks_changed_from_outside():
     """Between two calls of ``learn``: no token of the old tokenizer is trained on."""
     runs = []

@@ -8,7 +8,15 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_iris.tokenizer import Downsample, ResidualBlock, SpatialSelfAttention, Tokenizer, VectorQuantizer, moving_error
+from sb3_iris.tokenizer import (
+    Downsample,
+    PatchTokenizer,
+    ResidualBlock,
+    SpatialSelfAttention,
+    Tokenizer,
+    VectorQuantizer,
+    moving_error,
+)
 
 
 def make_tokenizer(image_shape: tuple[int, int, int] = (3, 16, 16), levels: int = 3, **kwargs: Any) -> Tokenizer:
@@ -287,3 +295,90 @@ def test_moving_error_counts_what_moves_only() -> None:
     assert moving_error(frames[:1], lost[:1]).item() == 0.0
     frames[1, 0, 0, 1] = -0.85  # the difference of 0.075 is less than what counts as moving
     assert moving_error(frames, lost).item() == 0.0
+
+
+# --- Patches -----------------------------------------------------------------------------------------------------------------
+
+
+def mosaics(tiles: th.Tensor, n: int, generator: th.Generator) -> th.Tensor:
+    """(n, C, 4, 6) frames of 2x2 tiles (n_tiles, C, 2, 2), drawn at random."""
+    drawn = tiles[th.randint(len(tiles), (n, 2, 3), generator=generator)]  # (n, 2, 3, C, 2, 2)
+    return drawn.permute(0, 3, 1, 4, 2, 5).reshape(n, tiles.shape[1], 4, 6)
+
+
+@pytest.fixture
+def tiles() -> th.Tensor:
+    """Ten tiles of few colours, as games have them."""
+    tiles = th.randint(3, (10, 3, 2, 2), generator=th.Generator().manual_seed(3)) / 2
+    assert len(tiles.unique(dim=0)) == 10
+    return tiles
+
+
+def test_patches_are_kept_exactly_and_for_ever(tiles: th.Tensor) -> None:
+    """A token means the same tile at all positions, before and after others were learned."""
+    generator = th.Generator().manual_seed(0)
+    tokenizer = PatchTokenizer((3, 4, 6), codebook_size=16, patch_size=2).train()
+    assert (tokenizer.grid, tokenizer.tokens_per_frame, tokenizer.codebook_dim) == ((2, 3), 6, 12)
+    first = mosaics(tiles[:4], 20, generator)
+    tokenizer.loss(first)
+    tokens = tokenizer.encode(first)
+    assert tokens.unique().tolist() == [0, 1, 2, 3]
+    th.testing.assert_close(tokenizer.decode(tokens), first)
+
+    both = th.cat([first, mosaics(tiles, 40, generator)])
+    _, logs = tokenizer.loss(both)
+    assert th.equal(tokenizer.encode(first), tokens)
+    th.testing.assert_close(tokenizer.decode(tokenizer.encode(both)), both)
+    assert logs["n_patches"] == 10 and logs["codebook_usage"] == 10 / 16 and logs["moving_error"] < 1e-6
+    columns = mosaics(tiles[4:5], 1, generator)
+    assert len(tokenizer.encode(columns).unique()) == 1
+
+
+def test_actor_critic_sees_the_pixels_of_patches(tiles: th.Tensor) -> None:
+    """In [0, 1], as patches of 2x2 pixels on their grid, a channel's four pixels in raster order; others have their codes."""
+    frames = mosaics(tiles, 20, th.Generator().manual_seed(0))
+    tokenizer = PatchTokenizer((3, 4, 6), codebook_size=16, patch_size=2).train()
+    tokenizer.loss(frames)
+    codes = tokenizer.codes(tokenizer.encode(frames).view(4, 5, 6))
+    assert codes.shape == (4, 5, 12, 2, 3)
+    th.testing.assert_close(codes[1, 2, :, 1, 0].view(3, 2, 2), frames[7, :, 2:, :2])
+
+    plain = Tokenizer((3, 4, 6), codebook_size=16, codebook_dim=5, channels=4, channel_multipliers=(1, 1))
+    tokens = th.arange(12).view(2, 6)
+    assert th.equal(plain.codes(tokens)[1, :, 1, 2], plain.quantizer.codebook[11])
+
+
+def test_patches_are_learned_in_training_only(tiles: th.Tensor) -> None:
+    tokenizer = PatchTokenizer((3, 4, 6), codebook_size=16, patch_size=2).eval()
+    frames = mosaics(tiles, 20, th.Generator().manual_seed(0))
+    _, logs = tokenizer.loss(frames)
+    assert logs["n_patches"] == 0 and logs["moving_error"] > 0.2
+    loss, logs = tokenizer.train().loss(frames)
+    assert logs["n_patches"] == 10 and not loss.requires_grad
+
+
+def test_patches_that_differ_visibly_get_a_code_of_their_own() -> None:
+    """A tenth of the range in one value of them, whatever the others are; less is the same patch."""
+    tokenizer = PatchTokenizer((1, 2, 2), codebook_size=8, patch_size=2).train()
+    frames = th.full((3, 1, 2, 2), 0.5)
+    frames[1, 0, 1, 1] += 0.099
+    frames[2, 0, 1, 0] += 0.101
+    tokenizer.loss(frames)
+    assert tokenizer.encode(frames)[:, 0].tolist() == [0, 0, 1]
+    assert tokenizer.decode(th.tensor([[1]]))[0, 0, 1, 0].item() == pytest.approx(0.601)
+
+
+def test_full_codebook_takes_the_nearest() -> None:
+    tokenizer = PatchTokenizer((1, 1, 1), codebook_size=2, patch_size=1).train()
+    values = th.tensor([0.0, 1.0, 0.3, 0.8]).view(4, 1, 1, 1)
+    for frame in values.split(1):
+        _, logs = tokenizer.loss(frame)
+    assert tokenizer.encode(values).flatten().tolist() == [0, 1, 0, 1]
+    assert logs["n_patches"] == 2 and logs["loss"].item() == pytest.approx(0.4)  # of 0.8 and 1 on the [-1, 1] scale
+
+
+def test_codes_without_a_patch_are_grey_and_nobody_s_nearest() -> None:
+    tokenizer = PatchTokenizer((1, 1, 1), codebook_size=3, patch_size=1).train()
+    tokenizer.loss(th.ones(1, 1, 1, 1))
+    assert tokenizer.encode(th.full((1, 1, 1, 1), 0.5)).item() == 0
+    assert tokenizer.decode(th.tensor([[2]])).item() == 0.5

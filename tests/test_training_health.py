@@ -113,23 +113,30 @@ def test_same_tokens_for_a_frame_that_stays_the_same():
 def test_a_collapse_that_passes_is_not_warned_of():
     """Not before the third phase in a row, of which one in between begins anew."""
     model, look = tiny(FrameEnv()), CollapseWarnings().look
-    dead = {"tokenizer/codebook_perplexity": 1.0}
     same = {"tokenizer/codebook_perplexity": 4.0, "tokenizer/varying_positions": 0.0, "tokenizer/moving_error": 0.1}
+    dead = {**same, "tokenizer/codebook_perplexity": 1.0}
     alive = {**same, "tokenizer/varying_positions": 0.25}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for logged in (dead, same, alive, same, dead, alive, same, same):
-            look(logged, model)
+            look("tokenizer", logged, model)
     with pytest.warns(UserWarning, match="tells no frames apart"):
-        look(same, model)
+        look("tokenizer", same, model)
 
 
 def test_robust_tokenizers_get_other_advice():
     model = tiny(FrameEnv(), policy_kwargs={"robust_tokenizer": True})
-    health = CollapseWarnings()
+    health, logged = CollapseWarnings(), {"codebook_perplexity": 1.0, "varying_positions": 0.0, "moving_error": 0.1}
     with pytest.warns(UserWarning, match=r"codebook is dead.*start anew with a smaller learning_rate or"):
         for _ in range(3):
-            health.look({"tokenizer/codebook_perplexity": 1.0}, model)
+            health.look("tokenizer", {f"tokenizer/{name}": value for name, value in logged.items()}, model)
+
+
+def test_full_codebook_of_patches_is_warned_of_once():
+    model = tiny(FrameEnv(), policy_kwargs={"patch_tokenizer": True, "codebook_size": 3})
+    with pytest.warns(UserWarning, match=r"more than codebook_size=3 patches.*patch_tokenizer=False") as caught:
+        model.learn(40)
+    assert sum("codebook" in str(warning.message) for warning in caught) == 1
 
 
 def test_policy_without_entropy_is_warned_of_once():
