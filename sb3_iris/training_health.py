@@ -62,7 +62,7 @@ class CollapseWarnings:
 
     def _look_at_patches(self, logged: Mapping[str, Any], model: "IRIS") -> None:
         size = model.policy.tokenizer.codebook_size
-        if logged["tokenizer/n_patches"] >= size:
+        if logged["tokenizer/n_patches"] >= size and logged["tokenizer/moving_error"] > 0:
             self._warn_once(
                 "patches",
                 f"The codebook is full: the game is drawn from more than codebook_size={size} patches, and new ones look like "
