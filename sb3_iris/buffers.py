@@ -46,6 +46,7 @@ class SequenceReplayBuffer(BaseBuffer):
     :param action_space: Discrete actions.
     :param device: Where samples go.
     :param n_envs: Number of environments.
+    :param uniform: Whether all steps are drawn alike; else an episode is drawn first.
     :raises ValueError: If a full buffer would not fit into the machine's memory.
     """
 
@@ -58,8 +59,10 @@ class SequenceReplayBuffer(BaseBuffer):
         action_space: spaces.Discrete,
         device: th.device | str = "auto",
         n_envs: int = 1,
+        uniform: bool = False,
     ) -> None:
         super().__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        self.uniform = uniform
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.n_actions = int(action_space.n)
         shape = (self.buffer_size, n_envs)
@@ -144,9 +147,9 @@ class SequenceReplayBuffer(BaseBuffer):
         self, batch_size: int, sequence_length: int, rng: np.random.Generator, pad_left: bool = False
     ) -> SequenceSamples:
         """
-        Sample segments: an episode is drawn uniformly, whatever its length, then a step of it. The segment begins with
-        that step and is padded on the right past the episode's end or, with ``pad_left``, ends with that step and is
-        padded on the left before the episode's start.
+        Sample segments: an episode is drawn uniformly, whatever its length, then a step of it; or, if ``uniform``, a step of
+        all that there are. The segment begins with that step and is padded on the right past the episode's end or, with
+        ``pad_left``, ends with that step and is padded on the left before the episode's start.
 
         :param batch_size: Number of segments B.
         :param sequence_length: Steps in a segment T.
@@ -234,8 +237,15 @@ class SequenceReplayBuffer(BaseBuffer):
         """Steps of segments, (B, T), counted from the oldest one in the buffer, their environments (B,) and mask (B, T)."""
         if self.size() == 0:
             raise ValueError("The replay buffer is empty: there is nothing to sample, call add() first")
-        envs, firsts, lengths = self.episodes[rng.integers(len(self.episodes), size=batch_size)].T
-        drawn = firsts + rng.integers(lengths)
+        if self.uniform:
+            ends = self.episodes[:, 2].cumsum()  # of the episodes laid one behind another
+            places = rng.integers(ends[-1], size=batch_size)
+            episodes = np.searchsorted(ends, places, side="right")
+            envs, firsts, lengths = self.episodes[episodes].T
+            drawn = firsts + places - (ends[episodes] - lengths)
+        else:
+            envs, firsts, lengths = self.episodes[rng.integers(len(self.episodes), size=batch_size)].T
+            drawn = firsts + rng.integers(lengths)
         begin = drawn - sequence_length + 1 if pad_left else drawn
         steps = begin[:, None] + np.arange(sequence_length)
         mask = (steps >= firsts[:, None]) & (steps < (firsts + lengths)[:, None])
@@ -373,7 +383,12 @@ class SequenceReplayBuffer(BaseBuffer):
         if not (1 <= buffer_size and 0 <= n_steps == min(n_added, buffer_size)):
             raise ValueError(f"it says that it has {n_steps} of {n_added} steps in a buffer of {buffer_size}")
         loaded = SequenceReplayBuffer(
-            buffer_size * n_envs, self.observation_space, self.action_space, self.device, n_envs  # type: ignore[arg-type]
+            buffer_size * n_envs,
+            self.observation_space,
+            self.action_space,  # type: ignore[arg-type]
+            self.device,
+            n_envs,
+            self.uniform,
         )
         loaded.fill_outcomes(arrays, n_added, n_steps)
         for begin, end in loaded.blocks(n_added - n_steps):

@@ -4,7 +4,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -33,7 +32,7 @@ from sb3_iris.saving import SavingAlgorithm, tuples_to_lists
 from sb3_iris.tokenizer import PerceptualLoss
 from sb3_iris.training_health import CollapseWarnings, check_finite
 from sb3_iris.type_aliases import NETWORKS, Logs, LSTMState
-from sb3_iris.validation import check_hyperparameters, check_policy_kwargs, check_spaces
+from sb3_iris.validation import check_hyperparameters, check_learn_arguments, check_policy_kwargs, check_spaces
 from sb3_iris.world_model_env import WorldModelVecEnv
 
 SelfIRIS = TypeVar("SelfIRIS", bound="IRIS")
@@ -87,6 +86,8 @@ class IRIS(SavingAlgorithm):
         as it is; None never freezes it, as in the paper.
     :param ignore_after_end: Whether the actor-critic's loss leaves out what is imagined after an imagined end; the paper's
         does not. For games whose episodes are as short as the horizon.
+    :param uniform_replay: Whether all steps of the replay buffer are drawn alike. Else an episode is drawn first, whatever its
+        length, as in the paper: where good play makes episodes long, most of what is drawn is then old and bad play.
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
         ``predict`` and collection are always in float32.
@@ -137,6 +138,7 @@ class IRIS(SavingAlgorithm):
         device: th.device | str = "auto",
         tokenizer_learning_stops: int | None = None,
         ignore_after_end: bool = False,
+        uniform_replay: bool = False,
         amp: str | None = "auto",
         _init_setup_model: bool = True,
     ) -> None:
@@ -183,6 +185,7 @@ class IRIS(SavingAlgorithm):
         self.final_training_epochs = final_training_epochs
         self.perceptual_loss = perceptual_loss
         self.ignore_after_end = ignore_after_end
+        self.uniform_replay = uniform_replay
         self.amp = amp
         self._progress_bar: tqdm | None = None
         self._learn_progress: LearnProgress | None = None
@@ -216,10 +219,10 @@ class IRIS(SavingAlgorithm):
             print("The actor-critic sees codes, not decoded frames as in the paper (actor_critic_input in policy_kwargs)")
         saved = getattr(self, "replay_buffer", None)  # only when loading, after `save(..., include=["replay_buffer"])`
         if saved is not None and saved.n_envs == self.n_envs:
-            saved.device = self.device
+            saved.device, saved.uniform = self.device, self.uniform_replay
         else:
             self.replay_buffer = SequenceReplayBuffer(
-                self.buffer_size, self.policy.image_space, self.action_space, self.device, n_envs=self.n_envs
+                self.buffer_size, self.policy.image_space, self.action_space, self.device, self.n_envs, self.uniform_replay
             )
 
     def _make_policy(self) -> CnnLstmPolicy:
@@ -399,12 +402,7 @@ class IRIS(SavingAlgorithm):
         :raises ValueError: If an argument does not fit, or the model was loaded without an environment.
         :raises FloatingPointError: If a loss or a gradient is not finite. The networks are then spoilt.
         """
-        if self.env is None:
-            raise ValueError("env=None: the model was loaded without an environment, give it one with set_env()")
-        if not (isinstance(total_timesteps, Real) and 0 <= total_timesteps < math.inf):
-            raise ValueError(f"total_timesteps={total_timesteps!r} must be a finite number of at least 0")
-        if log_interval is not None and not (isinstance(log_interval, int | np.integer) and log_interval >= 1):
-            raise ValueError(f"log_interval={log_interval!r} must be a whole number of at least 1, or None for no logs")
+        check_learn_arguments(self.env, total_timesteps, log_interval)
         total_timesteps = math.ceil(total_timesteps)  # 1e5 is welcome
         progress = self._learn_progress if self._resumed and reset_num_timesteps else None
         if progress is not None:

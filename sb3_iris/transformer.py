@@ -55,7 +55,7 @@ class KVCache:
         """The same in memory for ``length`` positions or somewhat more; what is new is zero."""
         B, nh, n, hd = old.shape
         chunk = self.CHUNK if old.device.type == "cpu" else self.max_length
-        new = old.new_empty(B, nh, -(-length // chunk) * chunk, hd)
+        new = old.new_empty(B, nh, min(-(-length // chunk) * chunk, self.max_length), hd)
         new[:, :, :n] = old
         new[:, :, n:] = 0
         return new

@@ -162,12 +162,31 @@ def check_hyperparameters(model: "IRIS") -> None:
     seed = model.seed
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32):
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}, or None")
+    for name in ("ignore_after_end", "uniform_replay"):
+        value = getattr(model, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
     longest = max(model.sequence_length, model.burn_in + 1)
     if model.buffer_size // model.n_envs < longest:
         raise ValueError(
             f"buffer_size={model.buffer_size} leaves {model.buffer_size // model.n_envs} steps to each of {model.n_envs} "
             f"environments, too few for one segment of {longest}: make it at least {longest * model.n_envs}"
         )
+
+
+def check_learn_arguments(env: Any, total_timesteps: float, log_interval: int | None) -> None:
+    """
+    :param env: The model's environment, or None.
+    :param total_timesteps: As given to ``learn``.
+    :param log_interval: As given to ``learn``.
+    :raises ValueError: For the first that ``learn`` cannot work with.
+    """
+    if env is None:
+        raise ValueError("env=None: the model was loaded without an environment, give it one with set_env()")
+    if not (isinstance(total_timesteps, Real) and 0 <= total_timesteps < math.inf):
+        raise ValueError(f"total_timesteps={total_timesteps!r} must be a finite number of at least 0")
+    if log_interval is not None and not (isinstance(log_interval, int | np.integer) and log_interval >= 1):
+        raise ValueError(f"log_interval={log_interval!r} must be a whole number of at least 1, or None for no logs")
 
 
 def takes_argument(policy_class: type, name: str) -> bool:
@@ -196,5 +215,5 @@ def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> No
             raise ValueError(f"policy_kwargs has {name}={value!r}, but its names must be among {', '.join(known)}")
         if name == "robust_tokenizer" and not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
             raise ValueError(f"robust_tokenizer={value!r} must be True, False or 'auto'")
-        if name == "patch_tokenizer" and not isinstance(value, bool):
-            raise ValueError(f"patch_tokenizer={value!r} must be True or False")
+        if name in ("patch_tokenizer", "factored_positions", "ignore_first_frame") and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")

@@ -49,11 +49,11 @@ def add(buffer: SequenceReplayBuffer, history: list[list[Step]], first: int = 0)
         buffer.add(*(np.stack(column) for column in zip(*steps, strict=True)))
 
 
-def make_buffer(history: list[list[Step]], steps_per_env: int, spare: int = 0) -> SequenceReplayBuffer:
+def make_buffer(history: list[list[Step]], steps_per_env: int, spare: int = 0, uniform: bool = False) -> SequenceReplayBuffer:
     n_envs = len(history)
     space = spaces.Box(0, 255, (3, 1, 1), np.uint8)
     buffer = SequenceReplayBuffer(
-        steps_per_env * n_envs + spare % n_envs, space, spaces.Discrete(N_ACTIONS), "cpu", n_envs=n_envs
+        steps_per_env * n_envs + spare % n_envs, space, spaces.Discrete(N_ACTIONS), "cpu", n_envs, uniform
     )
     half = len(history[0]) // 2
     add(buffer, [steps[:half] for steps in history])
@@ -112,13 +112,14 @@ scripts_strategy = st.lists(
     spare=st.integers(0, 2),
     sequence_length=st.integers(1, 12),
     pad_left=st.booleans(),
+    uniform=st.booleans(),
 )
 def test_segments(
-    scripts: list[Script], n_steps: int, steps_per_env: int, spare: int, sequence_length: int, pad_left: bool
+    scripts: list[Script], n_steps: int, steps_per_env: int, spare: int, sequence_length: int, pad_left: bool, uniform: bool
 ) -> None:
     """Segments stay inside one episode and what is left in the buffer, and are as long as those allow."""
     history = play(scripts, n_steps)
-    buffer = make_buffer(history, steps_per_env, spare)
+    buffer = make_buffer(history, steps_per_env, spare, uniform)
     assert buffer.size() == min(n_steps, steps_per_env)
     oldest = n_steps - buffer.size()
     samples = buffer.sample(30, sequence_length, np.random.default_rng(0), pad_left)
@@ -188,26 +189,28 @@ def test_pickle_keeps_only_what_is_filled() -> None:
     assert copy.deepcopy(large).observations.shape == large.observations.shape == (100_000, 1, 3, 1, 1)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("pad_left", [False, True])
 @pytest.mark.parametrize(
     "steps_per_env, lengths",
     [(60, [20, 1, 7, 12, 5, 3, 30, 2]), (40, [20, 1, 7, 12, 5, 3, 30, 2]), (25, [5, 1, 7, 12, 23, 2])],
 )
-def test_episodes_are_drawn_uniformly(steps_per_env: int, lengths: list[int], pad_left: bool) -> None:
+def test_frequencies_of_episodes_and_steps(steps_per_env: int, lengths: list[int], pad_left: bool, uniform: bool) -> None:
     """
-    Whatever their length, so a step of an episode of length n has probability 1 / (episodes * n). The last buffer has lost
-    its oldest steps: what is left of their episodes counts like others.
+    Episodes are drawn whatever their length, so a step of an episode of length n has probability 1 / (episodes * n); or all
+    steps are drawn alike. The last buffer has lost its oldest steps: what is left of their episodes counts like others.
     """
     history = play([[(20, False), (1, True), (7, False), (12, True)], [(5, True), (3, False), (30, True), (10, False)]], 40)
-    buffer = make_buffer(history, steps_per_env)
+    buffer = make_buffer(history, steps_per_env, uniform=uniform)
     assert buffer.episodes[:, 2].tolist() == lengths
     n = 30_000
+    by_length = np.array(lengths) / sum(lengths) if uniform else np.full(len(lengths), 1 / len(lengths))
     samples = buffer.sample(n, 1, np.random.default_rng(0), pad_left)
     envs, steps, episodes = samples.observations.view(n, 3).numpy().astype(int).T
     _, by_episode = np.unique(10 * envs + episodes, return_counts=True)
-    assert_frequencies(by_episode, np.full(len(lengths), n / len(lengths)))
+    assert_frequencies(by_episode, n * by_length)
     _, by_step = np.unique(100 * envs + steps, return_counts=True)
-    assert_frequencies(by_step, np.repeat(n / len(lengths) / np.array(lengths), lengths))
+    assert_frequencies(by_step, np.repeat(n * by_length / np.array(lengths), lengths))
 
 
 def test_truncation_is_not_a_termination() -> None:

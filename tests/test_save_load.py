@@ -409,6 +409,31 @@ def test_patch_tokenizer(tmp_path):
     assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
 
 
+def test_world_model_for_short_contexts(tmp_path):
+    model = tiny(FrameEnv(), policy_kwargs={"factored_positions": True, "ignore_first_frame": True}).learn(8)
+    model.save(tmp_path / "model")
+    loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
+    assert loaded.policy.world_model.ignore_first_frame
+    assert "world_model.position_embedding.places.weight" in parameters(loaded)
+    assert_equal(parameters(model), parameters(loaded))
+    assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_uniform_replay(tmp_path, uniform):
+    """It is the model's, whatever the model was whose replay buffer is taken over."""
+    model = tiny(FrameEnv(), uniform_replay=uniform).learn(8)
+    other = tiny(FrameEnv(), uniform_replay=not uniform).learn(8)
+    other.save_replay_buffer(tmp_path / "buffer")
+    model.save(tmp_path / "model", include=["replay_buffer"])
+    loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
+    assert model.replay_buffer.uniform is loaded.replay_buffer.uniform is loaded.uniform_replay is uniform
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert loaded.replay_buffer.uniform is uniform
+    loaded = IRIS.load(tmp_path / "model", env=FrameEnv(), uniform_replay=not uniform)
+    assert loaded.replay_buffer.uniform is not uniform
+
+
 def test_networks_changed_from_outside():
     """Between two calls of ``learn``: no token of the old tokenizer is trained on."""
     runs = []
