@@ -176,7 +176,14 @@ class SequenceReplayBuffer(BaseBuffer):
         return TokenSamples(tokens.long(), *self._outcomes(rows, envs, mask))
 
     def sample_contexts(
-        self, batch_size: int, burn_in: int, rng: np.random.Generator, encode: Encode, observe: Observe
+        self,
+        batch_size: int,
+        burn_in: int,
+        rng: np.random.Generator,
+        encode: Encode,
+        observe: Observe,
+        n_recent: int = 0,
+        recent_steps: int = 1,
     ) -> ContextSamples:
         """
         Sample frames to imagine from, as ``sample`` draws last steps with ``pad_left``, and what the actor-critic sees of the
@@ -188,9 +195,11 @@ class SequenceReplayBuffer(BaseBuffer):
         :param rng: Random stream of the draws.
         :param encode: Gives the tokens of frames, (n, C, H, W) uint8 to (n, K) int64.
         :param observe: Gives what the actor-critic sees, (n, K) int64 to (n, C, H, W) float32.
+        :param n_recent: How many of the frames are drawn from the last steps alone, all of which are drawn alike.
+        :param recent_steps: How many steps of each environment those are.
         :return: The frames, on the buffer's device.
         """
-        steps, envs, mask = self._draw(batch_size, burn_in + 1, rng, pad_left=True)
+        steps, envs, mask = self._draw(batch_size, burn_in + 1, rng, True, n_recent, recent_steps)
         indices = self._locate(steps, mask) * self.n_envs + envs[:, None]
 
         def see(frames: np.ndarray) -> np.ndarray:
@@ -232,20 +241,30 @@ class SequenceReplayBuffer(BaseBuffer):
         self._seen.clear()
 
     def _draw(
-        self, batch_size: int, sequence_length: int, rng: np.random.Generator, pad_left: bool
+        self,
+        batch_size: int,
+        sequence_length: int,
+        rng: np.random.Generator,
+        pad_left: bool,
+        n_recent: int = 0,
+        recent_steps: int = 1,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps of segments, (B, T), counted from the oldest one in the buffer, their environments (B,) and mask (B, T)."""
         if self.size() == 0:
             raise ValueError("The replay buffer is empty: there is nothing to sample, call add() first")
+        n = batch_size - n_recent
         if self.uniform:
-            ends = self.episodes[:, 2].cumsum()  # of the episodes laid one behind another
-            places = rng.integers(ends[-1], size=batch_size)
-            episodes = np.searchsorted(ends, places, side="right")
-            envs, firsts, lengths = self.episodes[episodes].T
-            drawn = firsts + places - (ends[episodes] - lengths)
+            envs, drawn = rng.integers(self.n_envs, size=n), rng.integers(self.size(), size=n)
         else:
-            envs, firsts, lengths = self.episodes[rng.integers(len(self.episodes), size=batch_size)].T
+            envs, firsts, lengths = self.episodes[rng.integers(len(self.episodes), size=n)].T
             drawn = firsts + rng.integers(lengths)
+        if n_recent:
+            oldest = max(self.size() - recent_steps, 0)
+            envs = np.append(envs, rng.integers(self.n_envs, size=n_recent))
+            drawn = np.append(drawn, rng.integers(oldest, self.size(), size=n_recent))
+        # Episodes are in the order of their environments, then of time
+        begins = self.episodes[:, 0] * self.size() + self.episodes[:, 1]
+        _, firsts, lengths = self.episodes[np.searchsorted(begins, envs * self.size() + drawn, side="right") - 1].T
         begin = drawn - sequence_length + 1 if pad_left else drawn
         steps = begin[:, None] + np.arange(sequence_length)
         mask = (steps >= firsts[:, None]) & (steps < (firsts + lengths)[:, None])

@@ -86,8 +86,9 @@ class IRIS(SavingAlgorithm):
         as it is; None never freezes it, as in the paper.
     :param ignore_after_end: Whether the actor-critic's loss leaves out what is imagined after an imagined end; the paper's
         does not. For games whose episodes are as short as the horizon.
-    :param uniform_replay: Whether all steps of the replay buffer are drawn alike. Else an episode is drawn first, whatever its
-        length, as in the paper: where good play makes episodes long, most of what is drawn is then old and bad play.
+    :param uniform_replay: Whether all replayed steps are drawn alike. Else an episode is drawn first, whatever its length, as
+        in the paper: where good play makes episodes long, most of what is drawn is then old and bad play.
+    :param recent_starts: Share of imagined trajectories that begin in the last two collections, in [0, 1]; the paper's is 0.
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
         ``predict`` and collection are always in float32.
@@ -139,6 +140,7 @@ class IRIS(SavingAlgorithm):
         tokenizer_learning_stops: int | None = None,
         ignore_after_end: bool = False,
         uniform_replay: bool = False,
+        recent_starts: float = 0.0,
         amp: str | None = "auto",
         _init_setup_model: bool = True,
     ) -> None:
@@ -186,6 +188,7 @@ class IRIS(SavingAlgorithm):
         self.perceptual_loss = perceptual_loss
         self.ignore_after_end = ignore_after_end
         self.uniform_replay = uniform_replay
+        self.recent_starts = recent_starts
         self.amp = amp
         self._progress_bar: tqdm | None = None
         self._learn_progress: LearnProgress | None = None
@@ -370,8 +373,10 @@ class IRIS(SavingAlgorithm):
 
     def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
         observe = self.policy.observe
+        n_recent = round(self.recent_starts * self.actor_critic_batch_size)
+        recent_steps = math.ceil(2 * self.train_freq / self.n_envs)
         contexts = self.replay_buffer.sample_contexts(
-            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, observe
+            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, observe, n_recent, recent_steps
         )
         game = ImaginedGame(observe, self.policy.world_model)
         trajectory = imagine(game, self.policy.actor_critic, contexts, self.imagination_horizon)
@@ -406,11 +411,10 @@ class IRIS(SavingAlgorithm):
         total_timesteps = math.ceil(total_timesteps)  # 1e5 is welcome
         progress = self._learn_progress if self._resumed and reset_num_timesteps else None
         if progress is not None:
-            if total_timesteps != progress.last_step - progress.first_step:
+            if total_timesteps != (asked := progress.last_step - progress.first_step):
                 raise ValueError(
-                    f"total_timesteps={total_timesteps}, but the checkpoint was written in a call of "
-                    f"learn({progress.last_step - progress.first_step}): give the same again to go on with it, or "
-                    "reset_num_timesteps=False for so many steps from here on"
+                    f"total_timesteps={total_timesteps}, but the checkpoint was written in a call of learn({asked}): give the "
+                    "same again to go on with it, or reset_num_timesteps=False for so many steps from here on"
                 )
             total_timesteps, reset_num_timesteps = max(progress.last_step - self.num_timesteps, 0), False
         self._run_checkpoints = []

@@ -94,7 +94,11 @@ NO_INTEGERS = [1.5, 10.0, "10", None, NAN, INF, True, (5,)]
         *cases(POSITIVE, [0, -1, *NO_INTEGERS], "whole number of at least 1"),
         *cases([*NOT_NEGATIVE, "burn_in", "final_training_epochs"], [-1, *NO_INTEGERS], "whole number of at least 0"),
         *cases(["sequence_length", "imagination_horizon"], [1, 0, -5, *NO_INTEGERS], "whole number of at least 2"),
-        *cases(["gamma", "gae_lambda", "exploration_rate"], [-0.1, 1.001, NAN, INF, None, "0.9", [0.9]], r"in \[0, 1\]"),
+        *cases(
+            ["gamma", "gae_lambda", "exploration_rate", "recent_starts"],
+            [-0.1, 1.001, NAN, INF, None, "0.9", [0.9]],
+            r"in \[0, 1\]",
+        ),
         *cases(
             ["ent_coef", "temperature", "eval_temperature", "world_model_weight_decay"],
             [-1e-9, NAN, INF, None, "1", 1j],
