@@ -306,9 +306,8 @@ class IRIS(SavingAlgorithm):
 
     def train(self) -> None:
         """One training phase: gradient steps of each network whose start has been reached (Sec. 2 and App. A of the paper)."""
-        policy = self.policy
         self.replay_buffer.forget_seen()
-        self._update_learning_rate([getattr(policy, f"{name}_optimizer") for name in NETWORKS])
+        self._update_learning_rate([getattr(self.policy, f"{name}_optimizer") for name in NETWORKS])
         losses: dict[str, Callable[[], tuple[th.Tensor, Logs]]] = {
             "tokenizer": self._tokenizer_loss,
             "world_model": self._world_model_loss,
@@ -318,8 +317,8 @@ class IRIS(SavingAlgorithm):
             n_steps = getattr(self, f"{name}_gradient_steps")
             frozen = name == "tokenizer" and self.num_timesteps >= (self.tokenizer_learning_stops or math.inf)
             if n_steps > 0 and not frozen and self.num_timesteps >= getattr(self, f"{name}_learning_starts"):
-                optimizer = getattr(policy, f"{name}_optimizer")
-                self._train_network(name, getattr(policy, name), optimizer, losses[name], n_steps)
+                optimizer = getattr(self.policy, f"{name}_optimizer")
+                self._train_network(name, getattr(self.policy, name), optimizer, losses[name], n_steps)
                 if name == "tokenizer":
                     self.replay_buffer.forget_tokens()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -372,14 +371,14 @@ class IRIS(SavingAlgorithm):
         return self.policy.world_model.loss(*samples)
 
     def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
-        observe = self.policy.observe
+        policy = self.policy
         n_recent = round(self.recent_starts * self.actor_critic_batch_size)
         recent_steps = math.ceil(2 * self.train_freq / self.n_envs)
         contexts = self.replay_buffer.sample_contexts(
-            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, observe, n_recent, recent_steps
+            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, policy.observe, n_recent, recent_steps
         )
-        game = ImaginedGame(observe, self.policy.world_model)
-        trajectory = imagine(game, self.policy.actor_critic, contexts, self.imagination_horizon)
+        game = ImaginedGame(policy.observe, policy.world_model)
+        trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
 
     def learn(

@@ -213,6 +213,36 @@ def test_frequencies_of_episodes_and_steps(steps_per_env: int, lengths: list[int
     assert_frequencies(by_step, np.repeat(n * by_length / np.array(lengths), lengths))
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("steps_per_env, recent_steps", [(60, 9), (25, 9), (25, 1), (25, 100)])
+def test_frequencies_of_recent_frames(steps_per_env: int, recent_steps: int, uniform: bool) -> None:
+    """The last of the frames are drawn from the last steps alone, and what came before them is that of their own episodes."""
+    history = play([[(20, False), (1, True), (7, False), (12, True)], [(5, True), (3, False), (30, True), (10, False)]], 40)
+    buffer = make_buffer(history, steps_per_env, uniform=uniform)
+    n, n_recent, burn_in = 20_000, 15_000, 4
+
+    def encode(observations: np.ndarray) -> th.Tensor:
+        return th.as_tensor(observations).flatten(1).long()
+
+    def observe(tokens: th.Tensor) -> th.Tensor:
+        return tokens.unflatten(1, (1, 1, -1)).float()
+
+    contexts = buffer.sample_contexts(n, burn_in, np.random.default_rng(0), encode, observe, n_recent, recent_steps)
+    envs, steps, _ = contexts.tokens.numpy().T
+    kept = min(recent_steps, buffer.size())
+    drawn, counts = np.unique(100 * envs[-n_recent:] + steps[-n_recent:], return_counts=True)
+    assert drawn.tolist() == [100 * env + step for env in (1, 2) for step in range(40 - kept, 40)]
+    assert_frequencies(counts, np.full(2 * kept, n_recent / (2 * kept)))
+    assert len(np.unique(100 * envs[:-n_recent] + steps[:-n_recent])) == 2 * buffer.size()
+    for row in range(0, n, 50):
+        env, step, episode = contexts.tokens[row].tolist()
+        before = [
+            t for t in range(step - burn_in, step) if t >= 40 - buffer.size() and episode_of(history[env - 1], t) == episode
+        ]
+        assert contexts.mask[row].tolist() == [False] * (burn_in - len(before)) + [True] * len(before)
+        assert contexts.seen[row][contexts.mask[row]].flatten(1).tolist() == [[env, t, episode] for t in before]
+
+
 def test_truncation_is_not_a_termination() -> None:
     history = play([[(3, True), (2, False)]], 5)
     buffer = make_buffer(history, 5)

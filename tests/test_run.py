@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecFrameStack
 
 from sb3_iris import IRIS, CnnLstmPolicy
 from sb3_iris.atari_wrappers import make_atari_env
+from sb3_iris.buffers import SequenceReplayBuffer
 from tests.presets import (
     NETWORKS,
     NO_TRAINING,
@@ -353,3 +354,18 @@ def test_frozen_tokenizer_stays_as_it_is() -> None:
     assert not all(th.equal(old, new) for old, new in zip(weights, trained, strict=True))
     model.learn(8, reset_num_timesteps=False)
     assert all(th.equal(old, new) for old, new in zip(trained, model.policy.tokenizer.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("share, n_envs, expected", [(0.0, 1, (0, 8)), (0.4, 1, (3, 8)), (1.0, 3, (8, 3))])
+def test_recent_starts(share, n_envs, expected, monkeypatch):
+    """Eight imagined games; the last two collections are of four steps each, over all environments."""
+    asked = []
+    original = SequenceReplayBuffer.sample_contexts
+
+    def sample_contexts(buffer, batch_size, burn_in, rng, encode, observe, n_recent, recent_steps):
+        asked.append((n_recent, recent_steps))
+        return original(buffer, batch_size, burn_in, rng, encode, observe, n_recent, recent_steps)
+
+    monkeypatch.setattr(SequenceReplayBuffer, "sample_contexts", sample_contexts)
+    tiny(frame_envs(n_envs), recent_starts=share, actor_critic_batch_size=8).learn(8)
+    assert set(asked) == {expected}
