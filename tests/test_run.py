@@ -356,7 +356,7 @@ def test_frozen_tokenizer_stays_as_it_is() -> None:
     assert all(th.equal(old, new) for old, new in zip(trained, model.policy.tokenizer.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("share, n_envs, expected", [(0.0, 1, (0, 8)), (0.4, 1, (3, 8)), (1.0, 3, (8, 3))])
+@pytest.mark.parametrize("share, n_envs, expected", [(0.0, 1, (0, 8)), (0.45, 1, (4, 8)), (1.0, 3, (8, 3))])
 def test_recent_starts(share, n_envs, expected, monkeypatch):
     """Eight imagined games; the last two collections are of four steps each, over all environments."""
     asked = []
