@@ -121,5 +121,5 @@ def test_half_a_context_remembers_what_one_frame_does_not_show():
         world_model_report(model, make_vec_env(ToAndFro, 4), n_steps=300, horizon=13, kept_frames=kept).token_accuracy[8::3]
         for kept in (None, 5, 1)
     )
-    assert (half > 0.95).all() and (window > 0.95).all()
+    assert (half > 0.9).all() and (window > 0.9).all()
     assert (restart < 0.75).all()
