@@ -59,11 +59,19 @@ def test_no_observations(model):
     assert actions.shape == (0,) and state[0].shape == (1, 0, HIDDEN)
 
 
-def test_batch_equals_single_ones(model):
+def test_batch_equals_single_ones():
+    model = decided(tiny(FakeImageEnv(screen_height=16, screen_width=12, n_channels=3, action_dim=4)))
+    actor_critic = model.policy.actor_critic
+    with th.no_grad():  # networks that do not magnify rounding, which on some CPUs depends on the size of the batch
+        model.policy.tokenizer.decoder[-1].weight.div_(4)
+        for parameter in actor_critic.lstm.parameters():
+            parameter.div_(3)
+        actor_critic.actor.weight.mul_(10)
     batch = images(20)
     actions, state = act(model, batch)
     assert len(set(actions)) > 1
     again, next_state = act(model, batch[::-1], state)
+    assert state[0].std(axis=1).mean() > 0.01
     for i in range(20):
         action, single_state = act(model, batch[i])
         assert action == actions[i]
@@ -71,7 +79,7 @@ def test_batch_equals_single_ones(model):
         assert following == again[i]
         for single, many in ((single_state, state), (following_state, next_state)):
             for part, parts in zip(single, many, strict=True):
-                np.testing.assert_allclose(part[:, 0], parts[:, i], atol=1e-4)
+                np.testing.assert_allclose(part[:, 0], parts[:, i], atol=1e-5)
 
 
 def test_one_image_as_a_batch(model):
