@@ -159,7 +159,15 @@ class SequenceReplayBuffer(BaseBuffer):
         """
         return self._segments(*self._draw(batch_size, sequence_length, rng, pad_left))
 
-    def sample_tokens(self, batch_size: int, sequence_length: int, rng: np.random.Generator, encode: Encode) -> TokenSamples:
+    def sample_tokens(
+        self,
+        batch_size: int,
+        sequence_length: int,
+        rng: np.random.Generator,
+        encode: Encode,
+        n_recent: int = 0,
+        recent_steps: int = 1,
+    ) -> TokenSamples:
         """
         Sample segments as ``sample`` does, with the tokens of the frames in place of the frames. A frame is encoded when it
         is first drawn and never again, until ``forget_tokens`` is called; that costs 4 K + 1 bytes a frame.
@@ -168,9 +176,11 @@ class SequenceReplayBuffer(BaseBuffer):
         :param sequence_length: Steps in a segment T.
         :param rng: Random stream of the draws.
         :param encode: Gives the tokens of frames, (n, C, H, W) uint8 to (n, K) int64.
+        :param n_recent: How many of the segments begin in the last steps, all of which are drawn alike.
+        :param recent_steps: How many steps of each environment those are.
         :return: The segments, on the buffer's device.
         """
-        steps, envs, mask = self._draw(batch_size, sequence_length, rng, pad_left=False)
+        steps, envs, mask = self._draw(batch_size, sequence_length, rng, False, n_recent, recent_steps)
         rows = self._locate(steps, mask)
         tokens = self._scatter(self._get_tokens((rows * self.n_envs + envs[:, None])[mask], encode), mask)
         return TokenSamples(tokens.long(), *self._outcomes(rows, envs, mask))

@@ -88,7 +88,9 @@ class IRIS(SavingAlgorithm):
         does not. For games whose episodes are as short as the horizon.
     :param uniform_replay: Whether all replayed steps are drawn alike. Else an episode is drawn first, whatever its length, as
         in the paper: where good play makes episodes long, most of what is drawn is then old and bad play.
-    :param recent_starts: Share of imagined trajectories that begin in the last two collections, in [0, 1]; the paper's is 0.
+    :param world_model_recent_share: Share of the world model's segments that begin in the last two collections, in [0, 1]; the
+        paper's is 0.
+    :param actor_critic_recent_share: The same of the imagined trajectories.
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
         ``predict`` and collection are always in float32.
@@ -140,7 +142,8 @@ class IRIS(SavingAlgorithm):
         tokenizer_learning_stops: int | None = None,
         ignore_after_end: bool = False,
         uniform_replay: bool = False,
-        recent_starts: float = 0.0,
+        world_model_recent_share: float = 0.0,
+        actor_critic_recent_share: float = 0.0,
         amp: str | None = "auto",
         _init_setup_model: bool = True,
     ) -> None:
@@ -188,7 +191,8 @@ class IRIS(SavingAlgorithm):
         self.perceptual_loss = perceptual_loss
         self.ignore_after_end = ignore_after_end
         self.uniform_replay = uniform_replay
-        self.recent_starts = recent_starts
+        self.world_model_recent_share = world_model_recent_share
+        self.actor_critic_recent_share = actor_critic_recent_share
         self.amp = amp
         self._progress_bar: tqdm | None = None
         self._learn_progress: LearnProgress | None = None
@@ -367,19 +371,24 @@ class IRIS(SavingAlgorithm):
         return self.policy.tokenizer.encode(self.policy.to_frames(observations))
 
     def _world_model_loss(self) -> tuple[th.Tensor, Logs]:
-        samples = self.replay_buffer.sample_tokens(self.world_model_batch_size, self.sequence_length, self._rng, self._encode)
+        samples = self.replay_buffer.sample_tokens(
+            self.world_model_batch_size, self.sequence_length, self._rng, self._encode, *self._recent("world_model")
+        )
         return self.policy.world_model.loss(*samples)
 
     def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
-        policy = self.policy
-        n_recent = round(self.recent_starts * self.actor_critic_batch_size)
-        recent_steps = math.ceil(2 * self.train_freq / self.n_envs)
+        policy, batch_size = self.policy, self.actor_critic_batch_size
         contexts = self.replay_buffer.sample_contexts(
-            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, policy.observe, n_recent, recent_steps
+            batch_size, self.burn_in, self._rng, self._encode, policy.observe, *self._recent("actor_critic")
         )
         game = ImaginedGame(policy.observe, policy.world_model)
         trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
+
+    def _recent(self, name: str) -> tuple[int, int]:
+        """How many of a network's batch begin in the last two collections, and their steps of each environment."""
+        n_recent = round(getattr(self, f"{name}_recent_share") * getattr(self, f"{name}_batch_size"))
+        return n_recent, math.ceil(2 * self.train_freq / self.n_envs)
 
     def learn(
         self: SelfIRIS,

@@ -48,6 +48,10 @@ class CnnLstmPolicy(BasePolicy):
     :param n_heads: Attention heads per block.
     :param embed_dim: Embedding size of the world model; a multiple of ``n_heads``.
     :param dropout: Dropout probability of the world model, in [0, 1).
+    :param factored_positions: Whether the world model embeds positions by step and by place in the step, which it learns from
+        sooner; else each position has an embedding of its own, as in the paper.
+    :param ignore_first_frame: Whether the world model's loss leaves out the tokens of a segment's first frame, which cannot be
+        known. The paper's does not; with a short ``sequence_length`` they are most of the loss.
     :param lstm_hidden_size: Size of the actor-critic's LSTM state.
     :param actor_critic_input: What the actor-critic sees: ``"frames"`` as the tokenizer decodes them, the paper's, or
         ``"codes"``, the codebook's entries for the frame's tokens on their grid, which saves all decoding. ``"auto"``: codes
@@ -77,6 +81,8 @@ class CnnLstmPolicy(BasePolicy):
         n_heads: int = 4,
         embed_dim: int = 256,
         dropout: float = 0.1,
+        factored_positions: bool = False,
+        ignore_first_frame: bool = False,
         lstm_hidden_size: int = 512,
         actor_critic_input: str = "auto",
     ) -> None:
@@ -128,7 +134,16 @@ class CnnLstmPolicy(BasePolicy):
             )
         n_actions = int(action_space.n)
         self.world_model = WorldModel(
-            codebook_size, n_actions, self.tokenizer.tokens_per_frame, sequence_length, embed_dim, n_layers, n_heads, dropout
+            codebook_size,
+            n_actions,
+            self.tokenizer.tokens_per_frame,
+            sequence_length,
+            embed_dim,
+            n_layers,
+            n_heads,
+            dropout,
+            factored_positions,
+            ignore_first_frame,
         )
         sees_codes = actor_critic_input == "codes" or (actor_critic_input == "auto" and min(height, width) < 32)
         input_shape = (self.tokenizer.codebook_dim, *self.tokenizer.grid) if sees_codes else image_shape

@@ -146,7 +146,7 @@ def check_hyperparameters(model: "IRIS") -> None:
         raise ValueError(
             f"tokenizer_learning_stops={stops!r} must be a whole number above tokenizer_learning_starts={starts}, or None"
         )
-    for name in ("gamma", "gae_lambda", "exploration_rate", "recent_starts"):
+    for name in ("gamma", "gae_lambda", "exploration_rate", "world_model_recent_share", "actor_critic_recent_share"):
         value = getattr(model, name)
         if not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise ValueError(f"{name}={value!r} must be a number in [0, 1]")
@@ -215,5 +215,5 @@ def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> No
             raise ValueError(f"policy_kwargs has {name}={value!r}, but its names must be among {', '.join(known)}")
         if name == "robust_tokenizer" and not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
             raise ValueError(f"robust_tokenizer={value!r} must be True, False or 'auto'")
-        if name == "patch_tokenizer" and not isinstance(value, bool):
-            raise ValueError(f"patch_tokenizer={value!r} must be True or False")
+        if name in ("patch_tokenizer", "factored_positions", "ignore_first_frame") and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")

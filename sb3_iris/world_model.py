@@ -21,6 +21,27 @@ from sb3_iris.type_aliases import Logs, WorldModelOutput
 PADDED = -100  # label that cross_entropy ignores
 
 
+class FactoredPositionEmbedding(nn.Module):
+    """
+    A position's embedding as a sum: one of its step, and one of its place in the step. What is learned of a place, as that its
+    token is most often that of the same place in the frame before, then holds for all steps.
+
+    :param n_steps: Steps in the context.
+    :param n_places: Positions of a step, K + 1.
+    :param embed_dim: Embedding size.
+    """
+
+    def __init__(self, n_steps: int, n_places: int, embed_dim: int) -> None:
+        super().__init__()
+        self.steps = nn.Embedding(n_steps, embed_dim)
+        self.places = nn.Embedding(n_places, embed_dim)
+
+    @property
+    def weight(self) -> th.Tensor:
+        """Embeddings of all positions, (n_steps * n_places, embed_dim)."""
+        return (self.steps.weight.unsqueeze(1) + self.places.weight).flatten(0, 1)
+
+
 class WorldModel(nn.Module):
     """
     Predicts the next frame's tokens, the reward's sign and the end of an episode (Sec. 2.2 of
@@ -34,6 +55,10 @@ class WorldModel(nn.Module):
     :param n_layers: Number of Transformer blocks.
     :param n_heads: Attention heads per block.
     :param dropout: Dropout probability in [0, 1).
+    :param factored_positions: Whether positions are embedded by step and by place in the step, see
+        ``FactoredPositionEmbedding``; else each has an embedding of its own, as in the paper.
+    :param ignore_first_frame: Whether the loss leaves out the tokens of a segment's first frame, which nothing announces and
+        no imagined game asks for. The paper's does not; in short segments they are most of the loss.
     """
 
     def __init__(
@@ -46,13 +71,20 @@ class WorldModel(nn.Module):
         n_layers: int = 10,
         n_heads: int = 4,
         dropout: float = 0.1,
+        factored_positions: bool = False,
+        ignore_first_frame: bool = False,
     ) -> None:
         super().__init__()
+        self.ignore_first_frame = ignore_first_frame
         self.tokens_per_frame = tokens_per_frame
         self.max_length = sequence_length * (tokens_per_frame + 1)
         self.token_embedding = nn.Embedding(codebook_size, embed_dim)
         self.action_embedding = nn.Embedding(n_actions, embed_dim)
-        self.position_embedding = nn.Embedding(self.max_length, embed_dim)
+        self.position_embedding: nn.Embedding | FactoredPositionEmbedding
+        if factored_positions:
+            self.position_embedding = FactoredPositionEmbedding(sequence_length, tokens_per_frame + 1, embed_dim)
+        else:
+            self.position_embedding = nn.Embedding(self.max_length, embed_dim)
         self.transformer = Transformer(embed_dim, n_layers, n_heads, self.max_length, dropout)
         self.token_head = self._make_head(embed_dim, codebook_size)
         self.reward_head = self._make_head(embed_dim, 3)
@@ -132,14 +164,16 @@ class WorldModel(nn.Module):
         """
         output = self(tokens, actions)
         # The first token of a segment is predicted by nothing, the last action predicts no frame inside the segment
-        token_labels = tokens.masked_fill(~mask.unsqueeze(-1), PADDED).flatten(1)[:, 1:]  # (B, T * K - 1)
+        first = self.tokens_per_frame if self.ignore_first_frame else 1
+        token_logits = output.token_logits[:, first - 1 : -1]
+        token_labels = tokens.masked_fill(~mask.unsqueeze(-1), PADDED).flatten(1)[:, first:]  # (B, T * K - first)
         reward_labels = (rewards.sign().long() + 1).masked_fill(~mask, PADDED)  # (B, T)
         end_labels = terminations.long().masked_fill(~mask, PADDED)  # (B, T)
 
         losses = {}
         accuracies = {}
         for name, logits, labels in (
-            ("token", output.token_logits[:, :-1], token_labels),
+            ("token", token_logits, token_labels),
             ("reward", output.reward_logits, reward_labels),
             ("end", output.end_logits, end_labels),
         ):

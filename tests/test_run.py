@@ -357,15 +357,16 @@ def test_frozen_tokenizer_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("share, n_envs, expected", [(0.0, 1, (0, 8)), (0.45, 1, (4, 8)), (1.0, 3, (8, 3))])
-def test_recent_starts(share, n_envs, expected, monkeypatch):
-    """Eight imagined games; the last two collections are of four steps each, over all environments."""
+@pytest.mark.parametrize("name, method", [("world_model", "sample_tokens"), ("actor_critic", "sample_contexts")])
+def test_recent_share(name, method, share, n_envs, expected, monkeypatch):
+    """Batches of eight; the last two collections are of four steps each, over all environments."""
     asked = []
-    original = SequenceReplayBuffer.sample_contexts
+    original = getattr(SequenceReplayBuffer, method)
 
-    def sample_contexts(buffer, batch_size, burn_in, rng, encode, observe, n_recent, recent_steps):
-        asked.append((n_recent, recent_steps))
-        return original(buffer, batch_size, burn_in, rng, encode, observe, n_recent, recent_steps)
+    def sample(*args):
+        asked.append(args[-2:])
+        return original(*args)
 
-    monkeypatch.setattr(SequenceReplayBuffer, "sample_contexts", sample_contexts)
-    tiny(frame_envs(n_envs), recent_starts=share, actor_critic_batch_size=8).learn(8)
+    monkeypatch.setattr(SequenceReplayBuffer, method, sample)
+    tiny(frame_envs(n_envs), **{f"{name}_recent_share": share, f"{name}_batch_size": 8}).learn(8)
     assert set(asked) == {expected}

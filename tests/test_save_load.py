@@ -409,6 +409,16 @@ def test_patch_tokenizer(tmp_path):
     assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
 
 
+def test_world_model_for_short_contexts(tmp_path):
+    model = tiny(FrameEnv(), policy_kwargs={"factored_positions": True, "ignore_first_frame": True}).learn(8)
+    model.save(tmp_path / "model")
+    loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
+    assert loaded.policy.world_model.ignore_first_frame
+    assert "world_model.position_embedding.places.weight" in parameters(loaded)
+    assert_equal(parameters(model), parameters(loaded))
+    assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
+
+
 @pytest.mark.parametrize("uniform", [False, True])
 def test_uniform_replay(tmp_path, uniform):
     """It is the model's, whatever the model was whose replay buffer is taken over."""

@@ -8,9 +8,9 @@ from sb3_iris.world_model import WorldModel
 V, A, K = 7, 3, 4
 
 
-def make_world_model(tokens_per_frame: int = K, sequence_length: int = 3) -> WorldModel:
+def make_world_model(tokens_per_frame: int = K, sequence_length: int = 3, **kwargs: bool) -> WorldModel:
     """A tiny world model whose predictions differ a lot from position to position."""
-    world_model = WorldModel(V, A, tokens_per_frame, sequence_length, embed_dim=12, n_layers=2, n_heads=2).eval()
+    world_model = WorldModel(V, A, tokens_per_frame, sequence_length, embed_dim=12, n_layers=2, n_heads=2, **kwargs).eval()
     with th.no_grad():
         for parameter in world_model.parameters():
             parameter.normal_(std=0.4)
@@ -49,10 +49,24 @@ def test_initialisation() -> None:
     assert not parameters
 
 
+def test_factored_positions() -> None:
+    T = 3
+    world_model = make_world_model(sequence_length=T, factored_positions=True)
+    parts = {name: p for name, p in world_model.named_parameters() if name.startswith("position_embedding.")}
+    steps, places = parts.values()
+    assert [*parts] == ["position_embedding.steps.weight", "position_embedding.places.weight"]
+    assert (steps.shape, places.shape) == ((T, 12), (K + 1, 12))
+    for position, embedding in enumerate(world_model.position_embedding.weight):
+        t, k = divmod(position, K + 1)
+        th.testing.assert_close(embedding, steps[t] + places[k])
+    assert position == world_model.max_length - 1
+
+
+@pytest.mark.parametrize("ignore_first_frame", [False, True])
 @pytest.mark.parametrize("tokens_per_frame", [1, 2, K])
-def test_loss_position_by_position(tokens_per_frame: int) -> None:
+def test_loss_position_by_position(tokens_per_frame: int, ignore_first_frame: bool) -> None:
     """Two segments of two steps, the second one half padding: labels, shift and mask by an explicit walk along positions."""
-    world_model = make_world_model(tokens_per_frame)
+    world_model = make_world_model(tokens_per_frame, ignore_first_frame=ignore_first_frame)
     tokens, actions, *_ = make_batch(2, 2, tokens_per_frame)
     rewards = th.tensor([[3.5, -0.2], [0.0, 9.0]])
     reward_classes = [[2, 0], [1, 2]]
@@ -81,10 +95,11 @@ def test_loss_position_by_position(tokens_per_frame: int) -> None:
                     predict("end", world_model.end_head(feature), int(terminations[b, t]))
                 if t == 0 and mask[b, 1]:
                     predict("token", world_model.token_head(feature), int(tokens[b, 1, 0]))
-            elif k < tokens_per_frame - 1 and mask[b, t]:  # all but the frame's last token
+            elif k < tokens_per_frame - 1 and mask[b, t] and not (t == 0 and ignore_first_frame):  # all but the last token
                 predict("token", world_model.token_head(feature), int(tokens[b, t, k + 1]))
     # padding hides the second step of the second segment, and no frame's first token is predicted before the first action
-    assert [len(entropies[name]) for name in ("token", "reward", "end")] == [3 * tokens_per_frame - 2, 3, 3]
+    n_tokens = tokens_per_frame if ignore_first_frame else 3 * tokens_per_frame - 2
+    assert [len(entropies[name]) for name in ("token", "reward", "end")] == [n_tokens, 3, 3]
 
     loss, logs = world_model.loss(tokens, actions, rewards, terminations, mask)
     for name in entropies:
@@ -128,12 +143,13 @@ def test_nothing_to_predict() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in world_model.parameters())
 
 
+@pytest.mark.parametrize("factored_positions", [False, True])
 @pytest.mark.parametrize("n_unread", [0, 1, 3])
 @th.no_grad()
-def test_steps_equal_one_pass(n_unread: int) -> None:
+def test_steps_equal_one_pass(n_unread: int, factored_positions: bool) -> None:
     """Token by token through the cache, the last ``n_unread`` ones of each frame together with its action."""
     B, T = 2, 3
-    world_model = make_world_model(sequence_length=T)
+    world_model = make_world_model(sequence_length=T, factored_positions=factored_positions)
     tokens, actions, *_ = make_batch(B, T)
     expected = world_model(tokens, actions)
     expected_tokens = expected.token_logits.view(B, T, K, V)  # the last ones of a step are its action's
