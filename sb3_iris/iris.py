@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -27,7 +26,7 @@ from sb3_iris.imagination import ImaginedGame, imagine
 from sb3_iris.mixed_precision import autocast_dtype
 from sb3_iris.perceptual_loss import set_up_perceptual_loss
 from sb3_iris.policies import CnnLstmPolicy
-from sb3_iris.projection import projected_days
+from sb3_iris.projection import warn_of_days
 from sb3_iris.saving import SavingAlgorithm, tuples_to_lists
 from sb3_iris.tokenizer import PerceptualLoss
 from sb3_iris.training_health import CollapseWarnings, check_finite
@@ -427,11 +426,7 @@ class IRIS(SavingAlgorithm):
             total_timesteps, reset_num_timesteps = max(progress.last_step - self.num_timesteps, 0), False
         self._run_checkpoints = []
         total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name)
-        if self.device.type == "cpu" and (days := projected_days(self)) > 1:
-            warnings.warn(
-                f"A run of the paper's length, 100,000 steps, would take about {days:.0f} days on this CPU at these settings. "
-                "Use a GPU, or the small settings that the README gives under 'On a laptop'."
-            )
+        warn_of_days(self)
         if progress is None:
             final_epochs = self.final_training_epochs if self.num_timesteps < total_timesteps else 0
             progress = LearnProgress(self.num_timesteps, total_timesteps, final_epochs, final_epochs)
