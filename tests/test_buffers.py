@@ -234,6 +234,8 @@ def test_frequencies_of_recent_frames(steps_per_env: int, recent_steps: int, uni
     assert drawn.tolist() == [100 * env + step for env in (1, 2) for step in range(40 - kept, 40)]
     assert_frequencies(counts, np.full(2 * kept, n_recent / (2 * kept)))
     assert len(np.unique(100 * envs[:-n_recent] + steps[:-n_recent])) == 2 * buffer.size()
+    segments = buffer.sample_tokens(n, 2, np.random.default_rng(0), encode, n_recent, recent_steps)
+    assert th.equal(segments.tokens[:, 0], contexts.tokens)  # of the same draws; these begin segments, those end contexts
     for row in range(0, n, 50):
         env, step, episode = contexts.tokens[row].tolist()
         before = [
