@@ -215,5 +215,7 @@ def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> No
             raise ValueError(f"policy_kwargs has {name}={value!r}, but its names must be among {', '.join(known)}")
         if name == "robust_tokenizer" and not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
             raise ValueError(f"robust_tokenizer={value!r} must be True, False or 'auto'")
-        if name in ("patch_tokenizer", "factored_positions", "ignore_first_frame") and not isinstance(value, bool):
+        if name in ("patch_tokenizer", "factored_positions", "ignore_first_frame", "embed_codes") and not isinstance(
+            value, bool
+        ):
             raise ValueError(f"{name}={value!r} must be True or False")

@@ -59,7 +59,12 @@ class WorldModel(nn.Module):
         ``FactoredPositionEmbedding``; else each has an embedding of its own, as in the paper.
     :param ignore_first_frame: Whether the loss leaves out the tokens of a segment's first frame, which nothing announces and
         no imagined game asks for. The paper's does not; in short segments they are most of the loss.
+    :param codebook_dim: Dimension of a code if tokens are embedded, and predicted, by a sum: of a vector of their own, and
+        of a linear map of their ``codes``. What is learned of a token then holds for those that look alike, rare ones too.
+        None: by vectors of their own alone, as in the paper.
     """
+
+    codes: th.Tensor | None  # (V, codebook_dim) float32, what tokens stand for; whoever trains the tokenizer sets them
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class WorldModel(nn.Module):
         dropout: float = 0.1,
         factored_positions: bool = False,
         ignore_first_frame: bool = False,
+        codebook_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.ignore_first_frame = ignore_first_frame
@@ -89,6 +95,10 @@ class WorldModel(nn.Module):
         self.token_head = self._make_head(embed_dim, codebook_size)
         self.reward_head = self._make_head(embed_dim, 3)
         self.end_head = self._make_head(embed_dim, 2)
+        self.register_buffer("codes", None if codebook_dim is None else th.zeros(codebook_size, codebook_dim))
+        if codebook_dim is not None:
+            self.code_embedding = nn.Linear(codebook_dim, embed_dim, bias=False)
+            self.code_head = nn.Linear(codebook_dim, embed_dim, bias=False)
         self.apply(self._init_weights)
 
     @staticmethod
@@ -99,8 +109,22 @@ class WorldModel(nn.Module):
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def _embed_tokens(self, tokens: th.Tensor) -> th.Tensor:
+        """(...) int64 to (..., D)."""
+        if self.codes is None:
+            return self.token_embedding(tokens)
+        return F.embedding(tokens, self.token_embedding.weight + self.code_embedding(self.codes))
+
+    def _token_logits(self, x: th.Tensor) -> th.Tensor:
+        """Features (..., D) to logits of the token that follows, (..., V)."""
+        if self.codes is None:
+            return self.token_head(x)
+        hidden, relu, output = self.token_head
+        assert isinstance(output, nn.Linear)
+        return F.linear(relu(hidden(x)), output.weight + self.code_head(self.codes), output.bias)
 
     def forward(self, tokens: th.Tensor, actions: th.Tensor) -> WorldModelOutput:
         """
@@ -112,12 +136,12 @@ class WorldModel(nn.Module):
         """
         B, T, K = tokens.shape
         assert K == self.tokens_per_frame and actions.shape == (B, T), (tokens.shape, actions.shape)
-        x = th.cat([self.token_embedding(tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)  # (B, T, K + 1, D)
+        x = th.cat([self._embed_tokens(tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)  # (B, T, K + 1, D)
         x = x.flatten(1, 2) + self.position_embedding.weight[: T * (K + 1)]
         x = self.transformer(x).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
         before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)  # (B, T * K, D)
         at_action = x[:, :, K]  # (B, T, D)
-        logits = self.token_head(before_token), self.reward_head(at_action), self.end_head(at_action)
+        logits = self._token_logits(before_token), self.reward_head(at_action), self.end_head(at_action)
         return WorldModelOutput(*(part.float() for part in logits))
 
     def step_action(self, tokens: th.Tensor, actions: th.Tensor, cache: KVCache) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -129,9 +153,9 @@ class WorldModel(nn.Module):
         :param cache: Everything before ``tokens``; takes in both.
         :return: Logits of the reward class (B, 3), of the end (B, 2) and of the next frame's first token (B, V).
         """
-        x = th.cat([self.token_embedding(tokens), self.action_embedding(actions).unsqueeze(1)], dim=1)
+        x = th.cat([self._embed_tokens(tokens), self.action_embedding(actions).unsqueeze(1)], dim=1)
         x = self._append(x, cache)
-        return self.reward_head(x).float(), self.end_head(x).float(), self.token_head(x).float()
+        return self.reward_head(x).float(), self.end_head(x).float(), self._token_logits(x).float()
 
     def step_token(self, tokens: th.Tensor, cache: KVCache) -> th.Tensor:
         """
@@ -141,7 +165,7 @@ class WorldModel(nn.Module):
         :param cache: Everything before ``tokens``; takes them in.
         :return: Logits of the token that follows, (B, V).
         """
-        return self.token_head(self._append(self.token_embedding(tokens).unsqueeze(1), cache)).float()
+        return self._token_logits(self._append(self._embed_tokens(tokens).unsqueeze(1), cache)).float()
 
     def _append(self, x: th.Tensor, cache: KVCache) -> th.Tensor:
         """Pass n embedded positions, (B, n, D), that follow the cached ones; the last one's features, (B, D)."""

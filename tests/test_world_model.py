@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch as th
 from torch import nn
@@ -8,12 +10,12 @@ from sb3_iris.world_model import WorldModel
 V, A, K = 7, 3, 4
 
 
-def make_world_model(tokens_per_frame: int = K, sequence_length: int = 3, **kwargs: bool) -> WorldModel:
+def make_world_model(tokens_per_frame: int = K, sequence_length: int = 3, **kwargs: Any) -> WorldModel:
     """A tiny world model whose predictions differ a lot from position to position."""
     world_model = WorldModel(V, A, tokens_per_frame, sequence_length, embed_dim=12, n_layers=2, n_heads=2, **kwargs).eval()
     with th.no_grad():
-        for parameter in world_model.parameters():
-            parameter.normal_(std=0.4)
+        for tensor in (*world_model.parameters(), *world_model.buffers()):
+            tensor.normal_(std=0.4)
     return world_model
 
 
@@ -60,6 +62,25 @@ def test_factored_positions() -> None:
         t, k = divmod(position, K + 1)
         th.testing.assert_close(embedding, steps[t] + places[k])
     assert position == world_model.max_length - 1
+
+
+@th.no_grad()
+def test_codes_are_embedded_and_predicted() -> None:
+    """It is the paper's model, of tokens whose vectors are their own and the image of their codes."""
+    world_model, plain = make_world_model(codebook_dim=5), make_world_model()
+    codes = world_model.codes
+    assert codes is not None and codes.shape == (V, 5)
+    extra = plain.load_state_dict(world_model.state_dict(), strict=False)
+    assert sorted(extra.unexpected_keys) == ["code_embedding.weight", "code_head.weight", "codes"] and not extra.missing_keys
+    output = plain.token_head[-1]
+    assert isinstance(output, nn.Linear)
+    for token in range(V):
+        plain.token_embedding.weight[token] += world_model.code_embedding.weight @ codes[token]
+        output.weight[token] += world_model.code_head.weight @ codes[token]
+    tokens, actions, *_ = make_batch(2, 3)
+    th.testing.assert_close(world_model(tokens, actions), plain(tokens, actions))
+    codes += 1
+    assert not th.allclose(world_model(tokens, actions).token_logits, plain(tokens, actions).token_logits)
 
 
 @pytest.mark.parametrize("ignore_first_frame", [False, True])
@@ -143,13 +164,13 @@ def test_nothing_to_predict() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in world_model.parameters())
 
 
-@pytest.mark.parametrize("factored_positions", [False, True])
+@pytest.mark.parametrize("options", [{}, {"factored_positions": True}, {"codebook_dim": 5}])
 @pytest.mark.parametrize("n_unread", [0, 1, 3])
 @th.no_grad()
-def test_steps_equal_one_pass(n_unread: int, factored_positions: bool) -> None:
+def test_steps_equal_one_pass(n_unread: int, options: dict[str, Any]) -> None:
     """Token by token through the cache, the last ``n_unread`` ones of each frame together with its action."""
     B, T = 2, 3
-    world_model = make_world_model(sequence_length=T, factored_positions=factored_positions)
+    world_model = make_world_model(sequence_length=T, **options)
     tokens, actions, *_ = make_batch(B, T)
     expected = world_model(tokens, actions)
     expected_tokens = expected.token_logits.view(B, T, K, V)  # the last ones of a step are its action's
