@@ -88,7 +88,10 @@ class ActorCritic(nn.Module):
         return th.autocast(inputs.device.type, enabled=False)
 
     def _features(self, inputs: th.Tensor) -> th.Tensor:
-        return self.cnn(inputs if self.sees_codes else 2 * inputs - 1)
+        if not self.sees_codes:
+            # Convolutions of three channels take about half the time if these lie next to each other
+            inputs = (2 * inputs - 1).contiguous(memory_format=th.channels_last)
+        return self.cnn(inputs)
 
 
 def sample_categorical(logits: th.Tensor, temperature: float = 1.0, generator: th.Generator | None = None) -> th.Tensor:

@@ -106,8 +106,9 @@ def test_state_follows_the_networks(model):
     for frame in frames:
         action, state = act(model, frame, state)
         with th.no_grad():
-            seen = policy.tokenizer.decode(policy.tokenizer.encode(th.tensor(frame)[None] / 255))
-            hidden = policy.actor_critic.lstm(policy.actor_critic.cnn(2 * seen - 1), hidden)
+            seen = 2 * policy.tokenizer.decode(policy.tokenizer.encode(th.tensor(frame)[None] / 255)) - 1
+            features = policy.actor_critic.cnn(seen.contiguous(memory_format=th.channels_last))
+            hidden = policy.actor_critic.lstm(features, hidden)
             assert action == policy.actor_critic.actor(hidden[0]).argmax()
         np.testing.assert_allclose(np.concatenate(state), np.stack([part.numpy() for part in hidden]), atol=1e-6)
 
