@@ -48,8 +48,8 @@ class CnnLstmPolicy(BasePolicy):
     :param n_heads: Attention heads per block.
     :param embed_dim: Embedding size of the world model; a multiple of ``n_heads``.
     :param dropout: Dropout probability of the world model, in [0, 1).
-    :param factored_positions: Whether the world model embeds positions by step and by place in the step, which it learns from
-        sooner; else each position has an embedding of its own, as in the paper.
+    :param factored_positions: Whether the world model embeds positions by step, and by place, row and column in the frame,
+        which it learns from sooner; else each position has an embedding of its own, as in the paper.
     :param ignore_first_frame: Whether the world model's loss leaves out the tokens of a segment's first frame, which cannot be
         known. The paper's does not; with a short ``sequence_length`` they are most of the loss.
     :param embed_codes: Whether the world model knows tokens by their codebook entries too, so that what it learns of one holds
@@ -145,7 +145,7 @@ class CnnLstmPolicy(BasePolicy):
             n_layers,
             n_heads,
             dropout,
-            factored_positions,
+            self.tokenizer.grid if factored_positions else None,
             ignore_first_frame,
             self.tokenizer.codebook_dim if embed_codes else None,
         )

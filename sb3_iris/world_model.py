@@ -23,23 +23,29 @@ PADDED = -100  # label that cross_entropy ignores
 
 class FactoredPositionEmbedding(nn.Module):
     """
-    A position's embedding as a sum: one of its step, and one of its place in the step. What is learned of a place, as that its
-    token is most often that of the same place in the frame before, then holds for all steps.
+    A position's embedding as a sum: of one of its step, one of its place in the step and, for a frame token, those of its row
+    and its column in the frame. What is learned of a place, as that its token is most often that of the same place in the
+    frame before, then holds for all steps, and what is learned of a column for all of its rows.
 
     :param n_steps: Steps in the context.
-    :param n_places: Positions of a step, K + 1.
-    :param embed_dim: Embedding size.
+    :param grid: Height and width of a frame's token grid.
+    :param embed_dim: Embedding size D.
     """
 
-    def __init__(self, n_steps: int, n_places: int, embed_dim: int) -> None:
+    def __init__(self, n_steps: int, grid: tuple[int, int], embed_dim: int) -> None:
         super().__init__()
+        height, width = grid
         self.steps = nn.Embedding(n_steps, embed_dim)
-        self.places = nn.Embedding(n_places, embed_dim)
+        self.places = nn.Embedding(height * width + 1, embed_dim)
+        self.rows = nn.Embedding(height, embed_dim)
+        self.columns = nn.Embedding(width, embed_dim)
 
     @property
     def weight(self) -> th.Tensor:
-        """Embeddings of all positions, (n_steps * n_places, embed_dim)."""
-        return (self.steps.weight.unsqueeze(1) + self.places.weight).flatten(0, 1)
+        """Embeddings of all positions, (n_steps * (K + 1), D)."""
+        on_grid = (self.rows.weight.unsqueeze(1) + self.columns.weight).flatten(0, 1)  # (K, D)
+        places = self.places.weight + F.pad(on_grid, (0, 0, 0, 1))  # an action is on no grid
+        return (self.steps.weight.unsqueeze(1) + places).flatten(0, 1)
 
 
 class WorldModel(nn.Module):
@@ -55,8 +61,8 @@ class WorldModel(nn.Module):
     :param n_layers: Number of Transformer blocks.
     :param n_heads: Attention heads per block.
     :param dropout: Dropout probability in [0, 1).
-    :param factored_positions: Whether positions are embedded by step and by place in the step, see
-        ``FactoredPositionEmbedding``; else each has an embedding of its own, as in the paper.
+    :param grid: Height and width of a frame's token grid if positions are embedded by their parts, see
+        ``FactoredPositionEmbedding``. None: each has an embedding of its own, as in the paper.
     :param ignore_first_frame: Whether the loss leaves out the tokens of a segment's first frame, which nothing announces and
         no imagined game asks for. The paper's does not; in short segments they are most of the loss.
     :param codebook_dim: Dimension of a code if tokens are embedded, and predicted, by a sum: of a vector of their own, and
@@ -76,7 +82,7 @@ class WorldModel(nn.Module):
         n_layers: int = 10,
         n_heads: int = 4,
         dropout: float = 0.1,
-        factored_positions: bool = False,
+        grid: tuple[int, int] | None = None,
         ignore_first_frame: bool = False,
         codebook_dim: int | None = None,
     ) -> None:
@@ -87,8 +93,9 @@ class WorldModel(nn.Module):
         self.token_embedding = nn.Embedding(codebook_size, embed_dim)
         self.action_embedding = nn.Embedding(n_actions, embed_dim)
         self.position_embedding: nn.Embedding | FactoredPositionEmbedding
-        if factored_positions:
-            self.position_embedding = FactoredPositionEmbedding(sequence_length, tokens_per_frame + 1, embed_dim)
+        if grid is not None:
+            self.position_embedding = FactoredPositionEmbedding(sequence_length, grid, embed_dim)
+            assert len(self.position_embedding.weight) == self.max_length, (grid, tokens_per_frame)
         else:
             self.position_embedding = nn.Embedding(self.max_length, embed_dim)
         self.transformer = Transformer(embed_dim, n_layers, n_heads, self.max_length, dropout)

@@ -52,15 +52,17 @@ def test_initialisation() -> None:
 
 
 def test_factored_positions() -> None:
-    T = 3
-    world_model = make_world_model(sequence_length=T, factored_positions=True)
+    T, D, height, width = 3, 12, 2, 3
+    world_model = make_world_model(height * width, T, grid=(height, width))
     parts = {name: p for name, p in world_model.named_parameters() if name.startswith("position_embedding.")}
-    steps, places = parts.values()
-    assert [*parts] == ["position_embedding.steps.weight", "position_embedding.places.weight"]
-    assert (steps.shape, places.shape) == ((T, 12), (K + 1, 12))
+    assert [*parts] == [f"position_embedding.{part}.weight" for part in ("steps", "places", "rows", "columns")]
+    steps, places, rows, columns = parts.values()
+    assert [part.shape for part in parts.values()] == [(T, D), (height * width + 1, D), (height, D), (width, D)]
     for position, embedding in enumerate(world_model.position_embedding.weight):
-        t, k = divmod(position, K + 1)
-        th.testing.assert_close(embedding, steps[t] + places[k])
+        t, k = divmod(position, height * width + 1)
+        row, column = divmod(k, width)
+        at = rows[row] + columns[column] if k < height * width else 0  # behind the frame is the action
+        th.testing.assert_close(embedding, steps[t] + places[k] + at)
     assert position == world_model.max_length - 1
 
 
@@ -164,7 +166,7 @@ def test_nothing_to_predict() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in world_model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"factored_positions": True}, {"codebook_dim": 5}])
+@pytest.mark.parametrize("options", [{}, {"grid": (2, 2)}, {"codebook_dim": 5}])
 @pytest.mark.parametrize("n_unread", [0, 1, 3])
 @th.no_grad()
 def test_steps_equal_one_pass(n_unread: int, options: dict[str, Any]) -> None:
