@@ -13,9 +13,8 @@ import numpy as np
 import torch as th
 
 from sb3_iris.actor_critic import ActorCritic, sample_categorical
-from sb3_iris.transformer import KVCache
 from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, Observe
-from sb3_iris.world_model import WorldModel
+from sb3_iris.world_model import WorldModel, WorldModelCache
 
 
 class _Cohort:
@@ -32,7 +31,7 @@ class _Cohort:
         self.tokens = tokens
         self.past = past
         self.n_frames = len(past) + 1  # in the context, the current one included
-        self.cache: KVCache | None = None  # None or empty if nothing has been read yet
+        self.cache: WorldModelCache | None = None  # None or empty if nothing has been read yet
         self.unread = tokens  # tokens of the current frame that the cache has not seen, (n, m)
 
     def forget(self, n_frames: int) -> None:
@@ -91,7 +90,7 @@ class ImaginedGame:
         return sample_categorical(logits, self.temperature, self.generator)
 
     @property
-    def cache(self) -> KVCache:
+    def cache(self) -> WorldModelCache:
         """The cache of games that have had no restart, which all share one."""
         (cohort,) = self._cohorts
         assert cohort.cache is not None
@@ -183,7 +182,7 @@ class ImaginedGame:
         """One step of a cohort, which moves on to the next frames if they are wanted; rewards and ends."""
         world_model, K = self.world_model, self.world_model.tokens_per_frame
         if cohort.cache is None:
-            cohort.cache = world_model.transformer.make_cache()
+            cohort.cache = world_model.make_cache()
         if cohort.cache.length == 0:
             for past_tokens, past_actions in cohort.past:
                 world_model.step_action(past_tokens, past_actions, cohort.cache)

@@ -11,6 +11,8 @@ One step takes K + 1 positions, the K tokens of its frame and its action::
 The frame's last token predicts nothing: what follows it is the agent's choice (Sec. 2.2 of the paper).
 """
 
+from typing import NamedTuple
+
 import torch as th
 from torch import nn
 from torch.nn import functional as F
@@ -46,6 +48,21 @@ class FactoredPositionEmbedding(nn.Module):
         on_grid = (self.rows.weight.unsqueeze(1) + self.columns.weight).flatten(0, 1)  # (K, D)
         places = self.places.weight + F.pad(on_grid, (0, 0, 0, 1))  # an action is on no grid
         return (self.steps.weight.unsqueeze(1) + places).flatten(0, 1)
+
+
+class Tables(NamedTuple):
+    """What is looked up of a position: sums of weights, which need not be summed anew for each."""
+
+    tokens: th.Tensor  # (V, D) embeddings of tokens
+    positions: th.Tensor  # (n_steps * (K + 1), D) embeddings of positions
+    outputs: th.Tensor  # (V, D), weight of the token head's last layer
+    output_bias: th.Tensor  # (V,)
+
+
+class WorldModelCache(KVCache):
+    """A Transformer's cache, and the tables, which hold as long as what is cached."""
+
+    tables: Tables
 
 
 class WorldModel(nn.Module):
@@ -119,19 +136,24 @@ class WorldModel(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def _embed_tokens(self, tokens: th.Tensor) -> th.Tensor:
-        """(...) int64 to (..., D)."""
-        if self.codes is None:
-            return self.token_embedding(tokens)
-        return F.embedding(tokens, self.token_embedding.weight + self.code_embedding(self.codes))
+    def make_cache(self) -> WorldModelCache:
+        """
+        :return: An empty cache for ``step_action`` and ``step_token``.
+        """
+        return WorldModelCache(self.max_length)
 
-    def _token_logits(self, x: th.Tensor) -> th.Tensor:
-        """Features (..., D) to logits of the token that follows, (..., V)."""
-        if self.codes is None:
-            return self.token_head(x)
-        hidden, relu, output = self.token_head
+    def _tables(self) -> Tables:
+        output = self.token_head[-1]
         assert isinstance(output, nn.Linear)
-        return F.linear(relu(hidden(x)), output.weight + self.code_head(self.codes), output.bias)
+        tokens, outputs = self.token_embedding.weight, output.weight
+        if self.codes is not None:
+            tokens, outputs = tokens + self.code_embedding(self.codes), outputs + self.code_head(self.codes)
+        return Tables(tokens, self.position_embedding.weight, outputs, output.bias)
+
+    def _token_logits(self, x: th.Tensor, tables: Tables) -> th.Tensor:
+        """Features (..., D) to logits of the token that follows, (..., V)."""
+        hidden, relu, _ = self.token_head
+        return F.linear(relu(hidden(x)), tables.outputs, tables.output_bias)
 
     def forward(self, tokens: th.Tensor, actions: th.Tensor) -> WorldModelOutput:
         """
@@ -143,15 +165,18 @@ class WorldModel(nn.Module):
         """
         B, T, K = tokens.shape
         assert K == self.tokens_per_frame and actions.shape == (B, T), (tokens.shape, actions.shape)
-        x = th.cat([self._embed_tokens(tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)  # (B, T, K + 1, D)
-        x = x.flatten(1, 2) + self.position_embedding.weight[: T * (K + 1)]
+        tables = self._tables()
+        x = th.cat([F.embedding(tokens, tables.tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)
+        x = x.flatten(1, 2) + tables.positions[: T * (K + 1)]
         x = self.transformer(x).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
         before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)  # (B, T * K, D)
         at_action = x[:, :, K]  # (B, T, D)
-        logits = self._token_logits(before_token), self.reward_head(at_action), self.end_head(at_action)
+        logits = self._token_logits(before_token, tables), self.reward_head(at_action), self.end_head(at_action)
         return WorldModelOutput(*(part.float() for part in logits))
 
-    def step_action(self, tokens: th.Tensor, actions: th.Tensor, cache: KVCache) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def step_action(
+        self, tokens: th.Tensor, actions: th.Tensor, cache: WorldModelCache
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         Read the frame tokens that the cache has not seen yet and the action that follows them, in one pass.
 
@@ -160,11 +185,12 @@ class WorldModel(nn.Module):
         :param cache: Everything before ``tokens``; takes in both.
         :return: Logits of the reward class (B, 3), of the end (B, 2) and of the next frame's first token (B, V).
         """
-        x = th.cat([self._embed_tokens(tokens), self.action_embedding(actions).unsqueeze(1)], dim=1)
+        tables = self._tables_of(cache)
+        x = th.cat([F.embedding(tokens, tables.tokens), self.action_embedding(actions).unsqueeze(1)], dim=1)
         x = self._append(x, cache)
-        return self.reward_head(x).float(), self.end_head(x).float(), self._token_logits(x).float()
+        return self.reward_head(x).float(), self.end_head(x).float(), self._token_logits(x, tables).float()
 
-    def step_token(self, tokens: th.Tensor, cache: KVCache) -> th.Tensor:
+    def step_token(self, tokens: th.Tensor, cache: WorldModelCache) -> th.Tensor:
         """
         Read one frame token.
 
@@ -172,12 +198,19 @@ class WorldModel(nn.Module):
         :param cache: Everything before ``tokens``; takes them in.
         :return: Logits of the token that follows, (B, V).
         """
-        return self._token_logits(self._append(self._embed_tokens(tokens).unsqueeze(1), cache)).float()
+        tables = self._tables_of(cache)
+        return self._token_logits(self._append(F.embedding(tokens, tables.tokens).unsqueeze(1), cache), tables).float()
 
-    def _append(self, x: th.Tensor, cache: KVCache) -> th.Tensor:
+    def _tables_of(self, cache: WorldModelCache) -> Tables:
+        """Those of the weights by which the cache was begun."""
+        if cache.length == 0:
+            cache.tables = self._tables()
+        return cache.tables
+
+    def _append(self, x: th.Tensor, cache: WorldModelCache) -> th.Tensor:
         """Pass n embedded positions, (B, n, D), that follow the cached ones; the last one's features, (B, D)."""
         start = cache.length
-        x = x + self.position_embedding.weight[start : start + x.shape[1]]
+        x = x + cache.tables.positions[start : start + x.shape[1]]
         return self.transformer(x, cache)[:, -1]
 
     def loss(

@@ -172,7 +172,7 @@ def test_world_model_with_cache(model: IRIS, arrays: StateDict) -> None:
     world_model, tokens, actions = model.policy.world_model, arrays["tokens"], arrays["in_actions"]
     x = th.cat([world_model.token_embedding(tokens), world_model.action_embedding(actions).unsqueeze(2)], dim=2).flatten(1, 2)
     x = x + world_model.position_embedding.weight[: x.shape[1]]
-    cache = world_model.transformer.make_cache()
+    cache = world_model.make_cache()
     features = th.cat([world_model.transformer(part, cache) for part in x.split([16] + 52 * [1], dim=1)], dim=1)
     positions = th.arange(68)
     assert_agrees(world_model.token_head(features[:, positions % 17 != 15]), arrays["kv_obs"])

@@ -179,7 +179,7 @@ def test_steps_equal_one_pass(n_unread: int, options: dict[str, Any]) -> None:
     assert expected.reward_logits.shape == (B, T, 3)
     assert expected.end_logits.shape == (B, T, 2)
 
-    cache = world_model.transformer.make_cache()
+    cache = world_model.make_cache()
     for t in range(T):
         for k in range(K - n_unread):
             token_logits = world_model.step_token(tokens[:, t, k], cache)
@@ -190,6 +190,20 @@ def test_steps_equal_one_pass(n_unread: int, options: dict[str, Any]) -> None:
         th.testing.assert_close(end_logits, expected.end_logits[:, t])
         th.testing.assert_close(token_logits, expected_tokens[:, t, K - 1])
     assert cache.length == world_model.max_length
+
+
+@th.no_grad()
+def test_cache_that_is_begun_anew() -> None:
+    """A game that goes on after the model was trained: from its next context on it is that of the new weights."""
+    world_model = make_world_model(codebook_dim=5, grid=(2, 2))
+    tokens, actions, *_ = make_batch(2, 1)
+    cache = world_model.make_cache()
+    world_model.step_action(tokens[:, 0], actions[:, 0], cache)
+    for parameter in world_model.parameters():
+        parameter.normal_(std=0.4)
+    cache.reset()
+    *_, token_logits = world_model.step_action(tokens[:, 0], actions[:, 0], cache)
+    th.testing.assert_close(token_logits, world_model(tokens, actions).token_logits[:, -1])
 
 
 def test_shapes_must_fit() -> None:
