@@ -89,7 +89,7 @@ class ActorCritic(nn.Module):
 
     def _features(self, inputs: th.Tensor) -> th.Tensor:
         if not self.sees_codes:
-            # Convolutions of three channels take about half the time if these lie next to each other
+            # Convolutions of three channels take much less time if these lie next to each other
             inputs = (2 * inputs - 1).contiguous(memory_format=th.channels_last)
         return self.cnn(inputs)
 
