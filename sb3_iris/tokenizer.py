@@ -249,7 +249,6 @@ class BaseTokenizer(nn.Module):
         frames = self.decoder(self.quantizer.lookup(tokens.reshape(-1, tokens.shape[-1]), self.grid)).float()
         return ((frames + 1) / 2).clamp(0, 1).view(*leading, *self.image_shape)
 
-    @th.no_grad()
     def codes(self, tokens: th.Tensor) -> th.Tensor:
         """
         :param tokens: (..., K) int64 in [0, V), raster order
@@ -257,12 +256,11 @@ class BaseTokenizer(nn.Module):
         """
         return F.embedding(tokens, self.all_codes()).transpose(-2, -1).unflatten(-1, self.grid)
 
-    @th.no_grad()
     def all_codes(self) -> th.Tensor:
         """
-        :return: (V, codebook_dim) float32, the code of each token as in ``codes``
+        :return: (V, codebook_dim) float32 without gradients, the code of each token as in ``codes``
         """
-        return self.quantizer.codebook.float()
+        return self.quantizer.codebook.detach()
 
     def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
         """

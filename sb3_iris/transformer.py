@@ -138,24 +138,16 @@ class Transformer(nn.Module):
     :param embed_dim: Embedding size D; a multiple of ``n_heads``.
     :param n_layers: Number of blocks.
     :param n_heads: Attention heads per block.
-    :param max_length: Most positions in a sequence.
     :param dropout: Dropout probability in [0, 1) on embeddings, attention weights and residual paths.
     """
 
-    def __init__(self, embed_dim: int, n_layers: int, n_heads: int, max_length: int, dropout: float) -> None:
+    def __init__(self, embed_dim: int, n_layers: int, n_heads: int, dropout: float) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.n_heads = n_heads
-        self.max_length = max_length
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout, layer) for layer in range(n_layers))
         self.ln_out = nn.LayerNorm(embed_dim)
-
-    def make_cache(self) -> KVCache:
-        """
-        :return: An empty cache that holds ``max_length`` positions.
-        """
-        return KVCache(self.max_length)
 
     def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
         """

@@ -209,13 +209,12 @@ def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> No
     # These come from the constructor's own arguments
     own = ("observation_space", "action_space", "lr_schedule", "sequence_length", "weight_decay", "eval_temperature")
     known = [name for name in parameters if name not in own]
+    booleans = ("patch_tokenizer", "factored_positions", "ignore_first_frame", "embed_codes")
     for name, value in policy_kwargs.items():
         settled_later = name == "robust_tokenizer" and value == "auto"  # and left out if the policy has no such argument
         if name in own or not (takes_argument(policy_class, name) or settled_later):
             raise ValueError(f"policy_kwargs has {name}={value!r}, but its names must be among {', '.join(known)}")
         if name == "robust_tokenizer" and not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
             raise ValueError(f"robust_tokenizer={value!r} must be True, False or 'auto'")
-        if name in ("patch_tokenizer", "factored_positions", "ignore_first_frame", "embed_codes") and not isinstance(
-            value, bool
-        ):
+        if name in booleans and not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be True or False")

@@ -115,7 +115,7 @@ class WorldModel(nn.Module):
             assert len(self.position_embedding.weight) == self.max_length, (grid, tokens_per_frame)
         else:
             self.position_embedding = nn.Embedding(self.max_length, embed_dim)
-        self.transformer = Transformer(embed_dim, n_layers, n_heads, self.max_length, dropout)
+        self.transformer = Transformer(embed_dim, n_layers, n_heads, dropout)
         self.token_head = self._make_head(embed_dim, codebook_size)
         self.reward_head = self._make_head(embed_dim, 3)
         self.end_head = self._make_head(embed_dim, 2)
@@ -163,13 +163,17 @@ class WorldModel(nn.Module):
         :param actions: (B, T) int64 in [0, A)
         :return: Predictions for every step.
         """
+        return self._predict(tokens, actions)
+
+    def _predict(self, tokens: th.Tensor, actions: th.Tensor, n_skipped: int = 0) -> WorldModelOutput:
+        """As ``forward``, without logits of the first ``n_skipped`` tokens that can be predicted."""
         B, T, K = tokens.shape
         assert K == self.tokens_per_frame and actions.shape == (B, T), (tokens.shape, actions.shape)
         tables = self._tables()
         x = th.cat([F.embedding(tokens, tables.tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)
         x = x.flatten(1, 2) + tables.positions[: T * (K + 1)]
         x = self.transformer(x).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
-        before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)  # (B, T * K, D)
+        before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)[:, n_skipped:]
         at_action = x[:, :, K]  # (B, T, D)
         logits = self._token_logits(before_token, tables), self.reward_head(at_action), self.end_head(at_action)
         return WorldModelOutput(*(part.float() for part in logits))
@@ -226,10 +230,10 @@ class WorldModel(nn.Module):
         :param mask: (B, T) bool, False where a segment is padded
         :return: The loss and what to log of it.
         """
-        output = self(tokens, actions)
         # The first token of a segment is predicted by nothing, the last action predicts no frame inside the segment
         first = self.tokens_per_frame if self.ignore_first_frame else 1
-        token_logits = output.token_logits[:, first - 1 : -1]
+        output = self._predict(tokens, actions, n_skipped=first - 1)
+        token_logits = output.token_logits[:, :-1]
         token_labels = tokens.masked_fill(~mask.unsqueeze(-1), PADDED).flatten(1)[:, first:]  # (B, T * K - first)
         reward_labels = (rewards.sign().long() + 1).masked_fill(~mask, PADDED)  # (B, T)
         end_labels = terminations.long().masked_fill(~mask, PADDED)  # (B, T)

@@ -10,7 +10,7 @@ PLACES = {"dropout": "embeddings", "attention.residual_dropout": "attention outp
 
 
 def make_transformer(dropout: float = 0.0) -> Transformer:
-    return Transformer(embed_dim=12, n_layers=3, n_heads=3, max_length=LENGTH, dropout=dropout).eval()
+    return Transformer(embed_dim=12, n_layers=3, n_heads=3, dropout=dropout).eval()
 
 
 def read_in_chunks(transformer: Transformer, x: th.Tensor, cache: KVCache, chunks: list[int]) -> th.Tensor:
@@ -25,7 +25,7 @@ def test_cache_equals_one_pass(chunks: list[int], memory_chunk: int, monkeypatch
     transformer = make_transformer()
     x = th.randn(2, LENGTH, 12)
     expected = transformer(x)
-    cache = transformer.make_cache()
+    cache = KVCache(LENGTH)
     th.testing.assert_close(read_in_chunks(transformer, x, cache, chunks), expected)
     assert cache.length == LENGTH
 
@@ -40,16 +40,16 @@ def test_cache_equals_one_pass(chunks: list[int], memory_chunk: int, monkeypatch
 def test_cache_keeps_rows_apart() -> None:
     transformer = make_transformer()
     x = th.randn(3, LENGTH, 12)
-    together = read_in_chunks(transformer, x, transformer.make_cache(), [4, 4, 4])
+    together = read_in_chunks(transformer, x, KVCache(LENGTH), [4, 4, 4])
     for row in range(3):
-        alone = read_in_chunks(transformer, x[row : row + 1], transformer.make_cache(), [4, 4, 4])
+        alone = read_in_chunks(transformer, x[row : row + 1], KVCache(LENGTH), [4, 4, 4])
         th.testing.assert_close(together[row : row + 1], alone)
 
 
 @th.no_grad()
 def test_cache_overflow() -> None:
     transformer = make_transformer()
-    cache = transformer.make_cache()
+    cache = KVCache(LENGTH)
     transformer(th.randn(1, LENGTH, 12), cache)
     with pytest.raises(AssertionError, match=rf"\({LENGTH + 1}, {LENGTH}\)"):
         transformer(th.randn(1, 1, 12), cache)
@@ -75,7 +75,7 @@ def test_future_does_not_change_past_behind_a_cache(past: int, position: int) ->
     x = th.randn(2, LENGTH, 12)
     changed = x.clone()
     changed[:, position:] = 10 * th.randn_like(x[:, position:])
-    before, after = (read_in_chunks(transformer, y, transformer.make_cache(), [past, LENGTH - past]) for y in (x, changed))
+    before, after = (read_in_chunks(transformer, y, KVCache(LENGTH), [past, LENGTH - past]) for y in (x, changed))
     assert th.equal(before[:, :position], after[:, :position])
     assert (before[:, position:] != after[:, position:]).any(-1).all()
 
