@@ -10,7 +10,7 @@ IRIS against PPO, DQN, QR-DQN and RecurrentPPO: the same environment, number of 
 
     python benchmarks/compare.py --algos iris --set policy_kwargs.actor_critic_input=frames --out runs/frames
 
-Writes ``compare.md`` and the curves into ``--out``. The same command goes on after an interruption: finished runs stay, others
+Writes ``compare.md`` and the curves into ``--out``, and what each run logs into its folder's ``progress.csv``. The same command goes on after an interruption: finished runs stay, others
 begin anew. ``--report`` writes the report of what is there and runs nothing.
 """
 
@@ -31,6 +31,7 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecTransposeImage
@@ -233,6 +234,7 @@ def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
         kwargs["policy_kwargs"] = {"features_extractor_class": MinAtarCnn, **kwargs.get("policy_kwargs", {})}
     make: Callable[..., BaseAlgorithm] = ALGOS[algo]
     model = make(env=vec_env, seed=spec["seed"], device=device, **kwargs)
+    model.set_logger(configure(str(run.folder), ["csv"]))
     model.learn(spec["steps"], callback=Progress(run, stop=algo != "iris"))
     vec_env.close()
     model.save(run.folder / "model.zip")
