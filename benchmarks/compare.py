@@ -10,8 +10,9 @@ IRIS against PPO, DQN, QR-DQN and RecurrentPPO: the same environment, number of 
 
     python benchmarks/compare.py --algos iris --set policy_kwargs.actor_critic_input=frames --out runs/frames
 
-Writes ``compare.md`` and the curves into ``--out``, and what each run logs into its folder's ``progress.csv``. The same command goes on after an interruption: finished runs stay, others
-begin anew. ``--report`` writes the report of what is there and runs nothing.
+Writes ``compare.md`` and the curves into ``--out``, and what each run logs into the run's ``progress.csv``. The same command
+goes on after an interruption: finished runs stay, others begin anew. ``--report`` writes the report of what is there and runs
+nothing.
 """
 
 import argparse

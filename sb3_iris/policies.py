@@ -50,6 +50,8 @@ class CnnLstmPolicy(BasePolicy):
     :param dropout: Dropout probability of the world model, in [0, 1).
     :param factored_positions: Whether the world model embeds positions by step, and by place, row and column in the frame,
         which it learns from sooner; else each position has an embedding of its own, as in the paper.
+    :param relative_positions: Whether the world model's attention also goes by how many steps, rows and columns tokens are
+        apart, so that what it learns of neighbours at one place holds at all others; the paper's does not.
     :param ignore_first_frame: Whether the world model's loss leaves out the tokens of a segment's first frame, which cannot be
         known. The paper's does not; with a short ``sequence_length`` they are most of the loss.
     :param embed_codes: Whether the world model knows tokens by their codebook entries too, so that what it learns of one holds
@@ -84,6 +86,7 @@ class CnnLstmPolicy(BasePolicy):
         embed_dim: int = 256,
         dropout: float = 0.1,
         factored_positions: bool = False,
+        relative_positions: bool = False,
         ignore_first_frame: bool = False,
         embed_codes: bool = False,
         lstm_hidden_size: int = 512,
@@ -145,7 +148,9 @@ class CnnLstmPolicy(BasePolicy):
             n_layers,
             n_heads,
             dropout,
-            self.tokenizer.grid if factored_positions else None,
+            self.tokenizer.grid,
+            factored_positions,
+            relative_positions,
             ignore_first_frame,
             self.tokenizer.codebook_dim if embed_codes else None,
         )

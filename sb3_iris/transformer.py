@@ -5,6 +5,7 @@ Pre-LayerNorm GPT in the manner of GPT-2 and minGPT (https://github.com/karpathy
 """
 
 import math
+from collections.abc import Sequence
 
 import torch as th
 from torch import nn
@@ -86,31 +87,39 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.residual_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
+    def forward(self, x: th.Tensor, cache: KVCache | None = None, bias: th.Tensor | None = None) -> th.Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hd)
         past = cache.length if cache is not None else 0
         if cache is not None:
             keys, values = cache.update(self.layer, k, v)
+        if bias is not None:
+            bias = bias[:, past : past + T].to(q.dtype)  # (nh, T, L)
         if past == 0:
+            mask = bias[None, :, :, :T] if bias is not None else None
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hd)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (B, nh, T, hd)
         else:
-            y = self._attend_to_cache(q, keys, values, past)
+            y = self._attend_to_cache(q, keys, values, past, bias)
         return self.residual_dropout(self.proj(y.transpose(1, 2).reshape(B, T, D)))
 
     @staticmethod
-    def _attend_to_cache(q: th.Tensor, keys: th.Tensor, values: th.Tensor, past: int) -> th.Tensor:
+    def _attend_to_cache(q: th.Tensor, keys: th.Tensor, values: th.Tensor, past: int, bias: th.Tensor | None) -> th.Tensor:
         """Attention of T queries, (B, nh, T, hd), of which the first belongs to key ``past``."""
         T = q.shape[2]
         if q.device.type != "cpu":
             end = past + T
-            mask = th.ones(T, end, dtype=th.bool, device=q.device).tril(past) if T > 1 else None
+            mask = bias[None, :, :, :end] if bias is not None else None
+            if mask is None and T > 1:
+                mask = th.ones(T, end, dtype=th.bool, device=q.device).tril(past)
             return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask)
         # The fused kernel works by blocks of queries, here are only one or two
         scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
-        for t in range(T):
-            scores[:, :, t, past + t + 1 :] = -math.inf
+        if bias is not None:
+            scores += bias[:, :, : keys.shape[2]]
+        else:
+            for t in range(T):
+                scores[:, :, t, past + t + 1 :] = -math.inf
         return th.softmax(scores, dim=-1) @ values
 
 
@@ -126,8 +135,8 @@ class Block(nn.Module):
             nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim), nn.Dropout(dropout)
         )
 
-    def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
-        x = x + self.attention(self.ln_1(x), cache)
+    def forward(self, x: th.Tensor, cache: KVCache | None = None, bias: th.Tensor | None = None) -> th.Tensor:
+        x = x + self.attention(self.ln_1(x), cache, bias)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -149,15 +158,19 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout, layer) for layer in range(n_layers))
         self.ln_out = nn.LayerNorm(embed_dim)
 
-    def forward(self, x: th.Tensor, cache: KVCache | None = None) -> th.Tensor:
+    def forward(
+        self, x: th.Tensor, cache: KVCache | None = None, biases: Sequence[th.Tensor | None] | None = None
+    ) -> th.Tensor:
         """
         :param x: (B, T, D) embedded positions; with a cache, those that follow the cached ones.
         :param cache: Cache of the positions before ``x``; it takes in the new ones.
+        :param biases: Of each block, (nh, L, L): what is added to the attention scores of a position (row) for a position
+            (column), -inf for later ones. L is at least all positions that the cache has room for. None for nothing.
         :return: (B, T, D)
         """
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, cache)
+        for block, bias in zip(self.blocks, biases or [None] * len(self.blocks), strict=True):
+            x = block(x, cache, bias)
         if cache is not None:
             cache.length += x.shape[1]
         return self.ln_out(x)

@@ -11,6 +11,7 @@ One step takes K + 1 positions, the K tokens of its frame and its action::
 The frame's last token predicts nothing: what follows it is the agent's choice (Sec. 2.2 of the paper).
 """
 
+import math
 from typing import NamedTuple
 
 import torch as th
@@ -50,6 +51,51 @@ class FactoredPositionEmbedding(nn.Module):
         return (self.steps.weight.unsqueeze(1) + places).flatten(0, 1)
 
 
+class RelativePositionBias(nn.Module):
+    """
+    What attention adds to its scores, as in Swin Transformer (https://arxiv.org/abs/2103.14030): a number for each head and
+    each distance, in steps, rows and columns, of the position that is looked at. What is learned of neighbours at one place in
+    the frame, as that they meet, then holds at all others. An action is at no place, so only steps count to it and from it.
+
+    :param n_steps: Steps in the context.
+    :param grid: Height and width of a frame's token grid.
+    :param n_layers: Transformer blocks.
+    :param n_heads: Attention heads per block.
+    """
+
+    # Scores are of the order of 1, embeddings and the steps by which they are learned of a hundredth
+    SCALE = 10.0
+
+    offsets: th.Tensor  # (L, L) int64, which distance
+
+    def __init__(self, n_steps: int, grid: tuple[int, int], n_layers: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_layers = n_layers
+        height, width = grid
+        K = height * width
+        steps, places = th.arange(n_steps).repeat_interleave(K + 1), th.arange(K + 1).repeat(n_steps)
+        rows, columns, on_grid = places // width, places % width, places < K
+
+        def apart(x: th.Tensor) -> th.Tensor:
+            return x.unsqueeze(1) - x
+
+        in_frame = (apart(rows) + height - 1) * (2 * width - 1) + apart(columns) + width - 1
+        n_in_frame = (2 * height - 1) * (2 * width - 1)
+        no_place = n_in_frame + 2 * on_grid.long().unsqueeze(1) + on_grid.long()  # by which of the two is a token
+        in_frame = th.where(on_grid.unsqueeze(1) & on_grid, in_frame, no_place)
+        n_offsets = n_in_frame + 3
+        self.register_buffer("offsets", apart(steps).clamp(min=0) * n_offsets + in_frame, persistent=False)
+        self.scores = nn.Embedding(n_steps * n_offsets, n_layers * n_heads)
+
+    def forward(self) -> tuple[th.Tensor, ...]:
+        """
+        :return: Of each block, (nh, L, L): what is added to scores of a position (row) for one (column), -inf for later ones.
+        """
+        scores = self.SCALE * self.scores(self.offsets).permute(2, 0, 1)  # (n_layers * nh, L, L)
+        later = th.ones_like(self.offsets, dtype=th.bool).triu(1)
+        return scores.masked_fill(later, -math.inf).unflatten(0, (self.n_layers, -1)).unbind()
+
+
 class Tables(NamedTuple):
     """What is looked up of a position: sums of weights, which need not be summed anew for each."""
 
@@ -57,6 +103,7 @@ class Tables(NamedTuple):
     positions: th.Tensor  # (n_steps * (K + 1), D) embeddings of positions
     outputs: th.Tensor  # (V, D), weight of the token head's last layer
     output_bias: th.Tensor  # (V,)
+    attention_biases: tuple[th.Tensor, ...] | None  # of each block, (nh, L, L)
 
 
 class WorldModelCache(KVCache):
@@ -78,8 +125,11 @@ class WorldModel(nn.Module):
     :param n_layers: Number of Transformer blocks.
     :param n_heads: Attention heads per block.
     :param dropout: Dropout probability in [0, 1).
-    :param grid: Height and width of a frame's token grid if positions are embedded by their parts, see
-        ``FactoredPositionEmbedding``. None: each has an embedding of its own, as in the paper.
+    :param grid: Height and width of a frame's token grid, which the next two options want.
+    :param factored_positions: Whether positions are embedded by their parts, see ``FactoredPositionEmbedding``; else each
+        has an embedding of its own, as in the paper.
+    :param relative_positions: Whether attention also goes by how far apart positions are, see ``RelativePositionBias``; the
+        paper's does not.
     :param ignore_first_frame: Whether the loss leaves out the tokens of a segment's first frame, which nothing announces and
         no imagined game asks for. The paper's does not; in short segments they are most of the loss.
     :param codebook_dim: Dimension of a code if tokens are embedded, and predicted, by a sum: of a vector of their own, and
@@ -100,21 +150,28 @@ class WorldModel(nn.Module):
         n_heads: int = 4,
         dropout: float = 0.1,
         grid: tuple[int, int] | None = None,
+        factored_positions: bool = False,
+        relative_positions: bool = False,
         ignore_first_frame: bool = False,
         codebook_dim: int | None = None,
     ) -> None:
         super().__init__()
+        assert grid is None or grid[0] * grid[1] == tokens_per_frame, (grid, tokens_per_frame)
         self.ignore_first_frame = ignore_first_frame
         self.tokens_per_frame = tokens_per_frame
         self.max_length = sequence_length * (tokens_per_frame + 1)
         self.token_embedding = nn.Embedding(codebook_size, embed_dim)
         self.action_embedding = nn.Embedding(n_actions, embed_dim)
         self.position_embedding: nn.Embedding | FactoredPositionEmbedding
-        if grid is not None:
+        if factored_positions:
+            assert grid is not None
             self.position_embedding = FactoredPositionEmbedding(sequence_length, grid, embed_dim)
-            assert len(self.position_embedding.weight) == self.max_length, (grid, tokens_per_frame)
         else:
             self.position_embedding = nn.Embedding(self.max_length, embed_dim)
+        self.position_bias = None
+        if relative_positions:
+            assert grid is not None
+            self.position_bias = RelativePositionBias(sequence_length, grid, n_layers, n_heads)
         self.transformer = Transformer(embed_dim, n_layers, n_heads, dropout)
         self.token_head = self._make_head(embed_dim, codebook_size)
         self.reward_head = self._make_head(embed_dim, 3)
@@ -148,7 +205,8 @@ class WorldModel(nn.Module):
         tokens, outputs = self.token_embedding.weight, output.weight
         if self.codes is not None:
             tokens, outputs = tokens + self.code_embedding(self.codes), outputs + self.code_head(self.codes)
-        return Tables(tokens, self.position_embedding.weight, outputs, output.bias)
+        attention_biases = self.position_bias() if self.position_bias is not None else None
+        return Tables(tokens, self.position_embedding.weight, outputs, output.bias, attention_biases)
 
     def _token_logits(self, x: th.Tensor, tables: Tables) -> th.Tensor:
         """Features (..., D) to logits of the token that follows, (..., V)."""
@@ -172,7 +230,7 @@ class WorldModel(nn.Module):
         tables = self._tables()
         x = th.cat([F.embedding(tokens, tables.tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)
         x = x.flatten(1, 2) + tables.positions[: T * (K + 1)]
-        x = self.transformer(x).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
+        x = self.transformer(x, biases=tables.attention_biases).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
         before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)[:, n_skipped:]
         at_action = x[:, :, K]  # (B, T, D)
         logits = self._token_logits(before_token, tables), self.reward_head(at_action), self.end_head(at_action)
@@ -215,7 +273,7 @@ class WorldModel(nn.Module):
         """Pass n embedded positions, (B, n, D), that follow the cached ones; the last one's features, (B, D)."""
         start = cache.length
         x = x + cache.tables.positions[start : start + x.shape[1]]
-        return self.transformer(x, cache)[:, -1]
+        return self.transformer(x, cache, cache.tables.attention_biases)[:, -1]
 
     def loss(
         self, tokens: th.Tensor, actions: th.Tensor, rewards: th.Tensor, terminations: th.Tensor, mask: th.Tensor

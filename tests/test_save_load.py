@@ -424,11 +424,13 @@ def test_world_model_knows_the_codes(tmp_path, patches):
 
 
 def test_world_model_for_short_contexts(tmp_path):
-    model = tiny(FrameEnv(), policy_kwargs={"factored_positions": True, "ignore_first_frame": True}).learn(8)
+    options = {name: True for name in ("factored_positions", "relative_positions", "ignore_first_frame")}
+    model = tiny(FrameEnv(), policy_kwargs=options).learn(8)
     model.save(tmp_path / "model")
     loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
     assert loaded.policy.world_model.ignore_first_frame
-    assert "world_model.position_embedding.places.weight" in parameters(loaded)
+    names = ("position_embedding.places.weight", "position_bias.scores.weight")
+    assert all(f"world_model.{name}" in parameters(loaded) for name in names)
     assert_equal(parameters(model), parameters(loaded))
     assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
 

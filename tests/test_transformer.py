@@ -80,18 +80,23 @@ def test_future_does_not_change_past_behind_a_cache(past: int, position: int) ->
     assert (before[:, position:] != after[:, position:]).any(-1).all()
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
 @th.no_grad()
-def test_attention_by_hand() -> None:
+def test_attention_by_hand(with_bias: bool) -> None:
     T, D, n_heads = 4, 6, 2
+    bias = th.randn(n_heads, T + 1, T + 1).masked_fill(th.ones(T + 1, T + 1, dtype=th.bool).triu(1), -th.inf)
+    if not with_bias:
+        bias = bias.masked_fill(bias.isfinite(), 0)
     attention = CausalSelfAttention(D, n_heads, dropout=0.0, layer=0).eval()
     x = th.randn(1, T, D)
     q, k, v = attention.qkv(x)[0].split(D, dim=-1)
     y = th.zeros(T, D)
     for t in range(T):
-        for head in (slice(0, 3), slice(3, 6)):
-            weights = F.softmax(th.stack([q[t, head] @ k[s, head] / 3**0.5 for s in range(t + 1)]), dim=0)
+        for i, head in enumerate((slice(0, 3), slice(3, 6))):
+            scores = [q[t, head] @ k[s, head] / 3**0.5 + bias[i, t, s] for s in range(t + 1)]
+            weights = F.softmax(th.stack(scores), dim=0)
             y[t, head] = sum(weight * v[s, head] for s, weight in enumerate(weights))
-    th.testing.assert_close(attention(x)[0], attention.proj(y))
+    th.testing.assert_close(attention(x, bias=bias if with_bias else None)[0], attention.proj(y))
 
 
 @th.no_grad()

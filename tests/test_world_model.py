@@ -5,9 +5,15 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_iris.world_model import WorldModel
+from sb3_iris.world_model import RelativePositionBias, WorldModel
 
 V, A, K = 7, 3, 4
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"grid": (2, 2), "factored_positions": True},
+    {"grid": (2, 2), "relative_positions": True},
+    {"codebook_dim": 5},
+]
 
 
 def make_world_model(tokens_per_frame: int = K, sequence_length: int = 3, **kwargs: Any) -> WorldModel:
@@ -15,7 +21,8 @@ def make_world_model(tokens_per_frame: int = K, sequence_length: int = 3, **kwar
     world_model = WorldModel(V, A, tokens_per_frame, sequence_length, embed_dim=12, n_layers=2, n_heads=2, **kwargs).eval()
     with th.no_grad():
         for tensor in (*world_model.parameters(), *world_model.buffers()):
-            tensor.normal_(std=0.4)
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.4)
     return world_model
 
 
@@ -53,7 +60,7 @@ def test_initialisation() -> None:
 
 def test_factored_positions() -> None:
     T, D, height, width = 3, 12, 2, 3
-    world_model = make_world_model(height * width, T, grid=(height, width))
+    world_model = make_world_model(height * width, T, grid=(height, width), factored_positions=True)
     parts = {name: p for name, p in world_model.named_parameters() if name.startswith("position_embedding.")}
     assert [*parts] == [f"position_embedding.{part}.weight" for part in ("steps", "places", "rows", "columns")]
     steps, places, rows, columns = parts.values()
@@ -64,6 +71,30 @@ def test_factored_positions() -> None:
         at = rows[row] + columns[column] if k < height * width else 0  # behind the frame is the action
         th.testing.assert_close(embedding, steps[t] + places[k] + at)
     assert position == world_model.max_length - 1
+
+
+@th.no_grad()
+def test_relative_positions() -> None:
+    """Two pairs of positions have the same scores if, and only if, they are as far apart and of the same kind."""
+    T, height, width, n_layers, n_heads = 3, 2, 3, 2, 4
+    options: dict[str, Any] = {"n_layers": n_layers, "n_heads": n_heads, "grid": (height, width)}
+    world_model = WorldModel(V, A, height * width, T, embed_dim=12, relative_positions=True, **options)
+    assert isinstance(world_model.position_bias, RelativePositionBias)
+    blocks = world_model.position_bias()
+    length = T * (height * width + 1)
+    assert [block.shape for block in blocks] == n_layers * [(n_heads, length, length)]
+    scores = th.cat(blocks)  # (n_layers * n_heads, L, L)
+    found: dict[Any, th.Tensor] = {}
+    for to in range(length):
+        assert (scores[:, to, to + 1 :] == -th.inf).all()
+        for of in range(to + 1):
+            (t, k), (s, j) = divmod(to, height * width + 1), divmod(of, height * width + 1)
+            are_actions = (k == height * width, j == height * width)
+            in_frame = None if any(are_actions) else (k // width - j // width, k % width - j % width)
+            same = found.setdefault((t - s, are_actions, in_frame), scores[:, to, of])
+            assert th.equal(scores[:, to, of], same), (to, of)
+    assert len({tuple(numbers.tolist()) for numbers in found.values()}) == len(found)
+    assert scores[scores.isfinite()].std() == pytest.approx(0.2, rel=0.2)  # ten times what is learned
 
 
 @th.no_grad()
@@ -166,7 +197,7 @@ def test_nothing_to_predict() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in world_model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"grid": (2, 2)}, {"codebook_dim": 5}])
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("n_unread", [0, 1, 3])
 @th.no_grad()
 def test_steps_equal_one_pass(n_unread: int, options: dict[str, Any]) -> None:
@@ -195,7 +226,7 @@ def test_steps_equal_one_pass(n_unread: int, options: dict[str, Any]) -> None:
 @th.no_grad()
 def test_cache_that_is_begun_anew() -> None:
     """A game that goes on after the model was trained: from its next context on it is that of the new weights."""
-    world_model = make_world_model(codebook_dim=5, grid=(2, 2))
+    world_model = make_world_model(codebook_dim=5, grid=(2, 2), factored_positions=True, relative_positions=True)
     tokens, actions, *_ = make_batch(2, 1)
     cache = world_model.make_cache()
     world_model.step_action(tokens[:, 0], actions[:, 0], cache)
