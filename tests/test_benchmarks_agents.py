@@ -13,12 +13,12 @@ AGENT = Path(__file__).parent.parent / "benchmarks" / "agents" / "minatar_breako
 
 
 def test_kept_agent() -> None:
-    """Random play is at 0.1 to 0.5, see RESULTS.md."""
+    """It is at 8.3 and random play at 0.1 to 0.5, see RESULTS.md."""
     assert AGENT.stat().st_size < 6e6  # it is in every clone
     model = IRIS.load(AGENT, device="cpu")
     env = make_vec_env(lambda: make_minatar("Breakout"), n_envs=10, seed=123)
     returns, _ = evaluate_policy(model, env, n_eval_episodes=50, deterministic=False, return_episode_rewards=True)
-    assert np.mean(returns) > 1.5
+    assert np.mean(returns) > 5
 
     dream = model.get_world_model_env(
         4, start_observations=np.stack([make_minatar("Breakout").reset(seed=n)[0] for n in range(4)])
