@@ -11,13 +11,14 @@ the same run.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from sb3_iris.actor_critic import sample_categorical
 from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.buffers import SEEN_BYTES
 from sb3_iris.imagination import ImaginedGame
+from sb3_iris.imagination_graph import CastWorldModel, capture
 from sb3_iris.type_aliases import NETWORKS
+from sb3_iris.world_model import WorldModel
 
 GAME = "Pong"
 N_STEPS = 100_000  # of the game that is projected
@@ -75,6 +78,9 @@ class Stopwatch:
     :param parts: Names of the rows that are wanted; None for all.
     """
 
+    # What a function is run in while its arithmetic is counted, which cannot be seen in a CUDA graph
+    counting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
     def __init__(self, device: th.device, repeats: int, parts: Sequence[str] | None = None) -> None:
         self.device = device
         self.repeats = repeats
@@ -99,9 +105,8 @@ class Stopwatch:
         if self.device.type == "cuda":
             th.cuda.synchronize(self.device)
 
-    @staticmethod
-    def _flop(function: Callable[[], Any]) -> int:
-        with FlopCounterMode(display=False) as counter:
+    def _flop(self, function: Callable[[], Any]) -> int:
+        with self.counting(), FlopCounterMode(display=False) as counter:
             function()
         return counter.get_total_flops()
 
@@ -115,9 +120,10 @@ class Stopwatch:
         """
         if self.parts is not None and part not in self.parts:
             return math.nan
+        flop = self._flop(function)
+        function()  # compiles and records what it needs
         if self.device.type == "cuda":
             th.cuda.reset_peak_memory_stats(self.device)
-        flop = self._flop(function)
         seconds, least = self._seconds(function)
         if self.device.type == "cuda":
             peak = th.cuda.max_memory_allocated(self.device) / 1e9
@@ -141,13 +147,47 @@ class Stopwatch:
         return seconds
 
 
-def imagine_cached(model: IRIS, batch_size: int) -> None:
-    """The world model's passes of an imagination alone, as in training: no policy, nothing decoded."""
-    game = ImaginedGame(lambda tokens: tokens, model.policy.world_model)
-    game.reset(th.zeros(batch_size, game.world_model.tokens_per_frame, dtype=th.int64, device=model.device))
-    actions = th.zeros(batch_size, dtype=th.int64, device=model.device)
-    for t in range(model.imagination_horizon):
-        game.step(actions, predict_frame=t + 1 < model.imagination_horizon)
+@contextlib.contextmanager
+def plain(model: IRIS) -> Iterator[None]:
+    """Inside, losses and imagination are computed without ``torch.compile`` and CUDA graphs."""
+    fast = model.compile, model._compute_loss, model._imagination_graph
+    model.compile = False
+    model._set_up_fast_paths()
+    yield
+    model.compile, model._compute_loss, model._imagination_graph = fast
+
+
+class ImaginedSteps:
+    """
+    The world model's passes of an imagination alone, as in training: no policy, nothing decoded.
+
+    :param model: The model.
+    :param batch_size: Games.
+    """
+
+    def __init__(self, model: IRIS, batch_size: int) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.graph: th.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        model = self.model
+        if model._imagination_graph is None:
+            self._play(model.policy.world_model)
+            return
+        if self.graph is None:
+            cast = CastWorldModel(model.policy.world_model, model._autocast_dtype, model._imagination_graph.compile)
+            self.graph, _ = capture(lambda: self._play(cast.refresh()), model.device)
+        self.graph.replay()
+
+    def _play(self, world_model: WorldModel) -> None:
+        model = self.model
+        with model._autocast():
+            game = ImaginedGame(lambda tokens: tokens, world_model)
+            game.reset(th.zeros(self.batch_size, world_model.tokens_per_frame, dtype=th.int64, device=model.device))
+            actions = th.zeros(self.batch_size, dtype=th.int64, device=model.device)
+            for t in range(model.imagination_horizon):
+                game.step(actions, predict_frame=t + 1 < model.imagination_horizon)
 
 
 @th.no_grad()
@@ -225,6 +265,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", help="rows to measure, by their names in the table (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each part (default: %(default)s)")
     parser.add_argument("--amp", choices=["auto", "bfloat16", "none"], default="auto", help="precision of training")
+    parser.add_argument("--compile", choices=["auto", "true", "false"], default="auto", help="whether training is compiled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
@@ -245,9 +286,11 @@ def main() -> None:
         seed=args.seed,
         device=args.device,
         amp=None if args.amp == "none" else args.amp,
+        compile="auto" if args.compile == "auto" else args.compile == "true",
         **settings,
     )
     watch = Stopwatch(model.device, args.repeats, args.parts)
+    watch.counting = lambda: plain(model)
     precision = str(model._autocast_dtype or th.float32).removeprefix("torch.")
     print(
         f"{args.preset} settings, {precision}, {th.get_num_threads()} threads, "
@@ -279,10 +322,9 @@ def main() -> None:
     n_positions = model.world_model_batch_size * model.sequence_length * (policy.tokenizer.tokens_per_frame + 1)
     steps["world_model"] = watch.measure("world-model step", training_step(model, "world_model"), n_positions, "token")
     n_imagined = batch_size * model.imagination_horizon
-    imagination = in_training(model, lambda: imagine_cached(model, batch_size))
-    cached = watch.measure("imagined Transformer steps", imagination, n_imagined, "step")
+    cached = watch.measure("imagined Transformer steps", ImaginedSteps(model, batch_size), n_imagined, "step")
     steps["actor_critic"] = watch.measure("actor-critic step", training_step(model, "actor_critic"), n_imagined, "step")
-    plain = watch.measure(
+    anew = watch.measure(
         "imagined steps without a cache", lambda: imagine_without_cache(model, batch_size), n_imagined, "step"
     )
 
@@ -291,7 +333,7 @@ def main() -> None:
     played = collection / 50
     hours = (phase * (N_STEPS / model.train_freq + FINAL_EPOCHS) + played * N_STEPS) / 3600
     if args.parts is None:
-        print(f"The cache makes imagined Transformer steps {plain / cached:.1f} times as fast as reading all anew")
+        print(f"The cache makes imagined Transformer steps {anew / cached:.1f} times as fast as reading all anew")
         print(f"A whole epoch: {phase + played * model.train_freq:.1f} s; {N_STEPS:,} steps: {hours:,.1f} hours")
     if not watch.rows:
         parser.error(f"--parts {args.parts}: the table has no such row")

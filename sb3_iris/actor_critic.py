@@ -79,6 +79,24 @@ class ActorCritic(nn.Module):
                 state = LSTMState(th.where(watched, hidden, state.hidden), th.where(watched, cell, state.cell))
         return state
 
+    def unroll(self, inputs: th.Tensor, state: LSTMState) -> tuple[th.Tensor, th.Tensor]:
+        """
+        ``forward`` for several steps, all convolutions in one call.
+
+        :param inputs: (B, T, C, H, W) float32, as for ``forward``
+        :param state: LSTM state before the first of them.
+        :return: Action logits (B, T, A) and values (B, T).
+        """
+        B, T = inputs.shape[:2]
+        with self._full_precision(inputs):
+            features = self._features(inputs.flatten(0, 1)).unflatten(0, (B, T))
+            hidden = []
+            for t in range(T):
+                state = LSTMState(*self.lstm(features[:, t], state))
+                hidden.append(state.hidden)
+            outputs = th.stack(hidden, dim=1)
+            return self.actor(outputs), self.critic(outputs).squeeze(-1)
+
     @staticmethod
     def _full_precision(inputs: th.Tensor) -> th.autocast:
         """
@@ -108,10 +126,13 @@ def sample_categorical(logits: th.Tensor, temperature: float = 1.0, generator: t
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = F.softmax(logits / temperature, dim=-1).cumsum(-1)
+    if temperature != 1:
+        logits = logits / temperature
+    cumulative = F.softmax(logits, dim=-1).cumsum(-1)
     total = cumulative[..., -1:]
     drawn = total * th.rand(total.shape, generator=generator, device=total.device)
-    return (cumulative <= drawn).sum(-1).clamp(max=logits.shape[-1] - 1)  # rounding may have drawn the total itself
+    below = th.searchsorted(cumulative, drawn, right=True).squeeze(-1)
+    return below.clamp(max=logits.shape[-1] - 1)  # rounding may have drawn the total itself
 
 
 def lambda_returns(rewards: th.Tensor, values: th.Tensor, ends: th.Tensor, gamma: float, gae_lambda: float) -> th.Tensor:

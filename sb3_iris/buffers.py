@@ -81,8 +81,15 @@ class SequenceReplayBuffer(BaseBuffer):
 
     def _make_caches(self) -> None:
         """Of tokens and of what the actor-critic sees of them; the frame of row i and environment n has index i N + n."""
-        self._tokens = FrameCache(self.buffer_size * self.n_envs)
-        self._seen = FrameCache(self.buffer_size * self.n_envs, SEEN_BYTES)
+        self._tokens = FrameCache(self.buffer_size * self.n_envs, self.device)
+        self._seen = FrameCache(self.buffer_size * self.n_envs, self.device, SEEN_BYTES)
+
+    def to(self, device: th.device) -> None:
+        """
+        :param device: Where samples go from now on.
+        """
+        self.device = device
+        self._make_caches()
 
     def reset(self) -> None:
         """Forget all steps."""
@@ -212,8 +219,8 @@ class SequenceReplayBuffer(BaseBuffer):
         steps, envs, mask = self._draw(batch_size, burn_in + 1, rng, True, n_recent, recent_steps)
         indices = self._locate(steps, mask) * self.n_envs + envs[:, None]
 
-        def see(frames: np.ndarray) -> np.ndarray:
-            return observe(th.as_tensor(self._get_tokens(frames, encode), device=self.device).long()).cpu().numpy()
+        def see(frames: np.ndarray) -> th.Tensor:
+            return observe(self._get_tokens(frames, encode).long())
 
         tokens = self._get_tokens(indices[:, -1], encode)
         before = mask[:, :-1]
@@ -221,25 +228,21 @@ class SequenceReplayBuffer(BaseBuffer):
             seen = self._seen.get(indices[:, :-1][before], see)
         else:  # no step before any of them; a frame tells the shape
             seen = see(indices[:1, -1])[:0]
-        return ContextSamples(
-            th.as_tensor(tokens, device=self.device).long(),
-            self._scatter(seen, before),
-            th.as_tensor(before, device=self.device),
-        )
+        return ContextSamples(tokens.long(), self._scatter(seen, before), th.as_tensor(before, device=self.device))
 
-    def _get_tokens(self, indices: np.ndarray, encode: Encode) -> np.ndarray:
+    def _get_tokens(self, indices: np.ndarray, encode: Encode) -> th.Tensor:
         """Tokens of frames, (n,) int64 indices to (n, K) int32."""
 
-        def encode_frames(frames: np.ndarray) -> np.ndarray:
-            return encode(self.observations[np.divmod(frames, self.n_envs)]).cpu().numpy().astype(np.int32)
+        def encode_frames(frames: np.ndarray) -> th.Tensor:
+            return encode(self.observations[np.divmod(frames, self.n_envs)]).int()
 
         return self._tokens.get(indices, encode_frames)
 
-    def _scatter(self, values: np.ndarray, mask: np.ndarray) -> th.Tensor:
+    def _scatter(self, values: th.Tensor, mask: np.ndarray) -> th.Tensor:
         """Values (n, ...) of the n steps at which the mask (B, T) is True, as a tensor (B, T, ...) with zeros elsewhere."""
-        scattered = np.zeros((*mask.shape, *values.shape[1:]), dtype=values.dtype)
-        scattered[mask] = values
-        return th.as_tensor(scattered, device=self.device)
+        scattered = values.new_zeros(mask.size, *values.shape[1:])
+        scattered[th.as_tensor(np.flatnonzero(mask), device=self.device)] = values
+        return scattered.unflatten(0, mask.shape)
 
     def forget_tokens(self) -> None:
         """To be called when the tokenizer has changed."""

@@ -9,11 +9,13 @@ Time runs like this; the policy sees what tokens stand for, decoded frames or co
                        |      r_0, end_0       r_1, end_1             r_{H-1}, end_{H-1}   (no frame after the last)
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch as th
 
 from sb3_iris.actor_critic import ActorCritic, sample_categorical
-from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, Observe
+from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, LSTMState, Observe
 from sb3_iris.world_model import WorldModel, WorldModelCache
 
 
@@ -202,6 +204,48 @@ class ImaginedGame:
         return rewards, ends
 
 
+class ImaginedStep(NamedTuple):
+    """One step of ``play``."""
+
+    frames: th.Tensor  # (B, C, H, W) float32, as the policy saw them
+    logits: th.Tensor  # (B, A) float32
+    values: th.Tensor  # (B,) float32
+    actions: th.Tensor  # (B,) int64
+    rewards: th.Tensor  # (B,) float32 in {-1, 0, 1}
+    ends: th.Tensor  # (B,) bool
+
+
+def play(
+    game: ImaginedGame,
+    actor_critic: ActorCritic,
+    tokens: th.Tensor,
+    state: LSTMState,
+    horizon: int,
+    temperature: float = 1.0,
+) -> list[ImaginedStep]:
+    """
+    Let the policy play imagined games. Gradients, where they are wanted, reach the actor-critic alone.
+
+    :param game: The world model's game.
+    :param actor_critic: The policy.
+    :param tokens: (B, K) int64, first frames of the games.
+    :param state: LSTM state before them.
+    :param horizon: Steps to play.
+    :param temperature: Temperature of the policy's sampling; 0 takes the most likely action.
+    :return: The steps.
+    """
+    frames: th.Tensor | None = game.reset(tokens)
+    steps = []
+    for t in range(horizon):
+        assert frames is not None
+        logits, values, state = actor_critic(frames, state)
+        actions = sample_categorical(logits.detach(), temperature)
+        rewards, ends, next_frames = game.step(actions, predict_frame=t + 1 < horizon)
+        steps.append(ImaginedStep(frames, logits, values, actions, rewards, ends))
+        frames = next_frames
+    return steps
+
+
 def imagine(
     game: ImaginedGame,
     actor_critic: ActorCritic,
@@ -220,12 +264,7 @@ def imagine(
     :return: What was imagined.
     """
     state = actor_critic.burn_in(contexts.seen, contexts.mask)
-    frames: th.Tensor | None = game.reset(contexts.tokens)
-    steps = []
-    for t in range(horizon):
-        assert frames is not None
-        logits, values, state = actor_critic(frames, state)
-        actions = sample_categorical(logits.detach(), temperature)
-        rewards, ends, frames = game.step(actions, predict_frame=t + 1 < horizon)
-        steps.append((actions, rewards, ends, values, logits))
-    return ImaginedTrajectory(*(th.stack(column, dim=1) for column in zip(*steps, strict=True)))
+    steps = play(game, actor_critic, contexts.tokens, state, horizon, temperature)
+    return ImaginedTrajectory(
+        *(th.stack([getattr(step, name) for step in steps], dim=1) for name in ImaginedTrajectory._fields)
+    )

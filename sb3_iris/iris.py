@@ -21,8 +21,10 @@ from sb3_iris.actor_critic import actor_critic_loss, sample_categorical
 from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.checkpoint_callback import RunCheckpointCallback
 from sb3_iris.checkpoints import FolderLock, LearnProgress
+from sb3_iris.compilation import Compiled, compiles
 from sb3_iris.held_out import HeldOut
 from sb3_iris.imagination import ImaginedGame, imagine
+from sb3_iris.imagination_graph import ImaginationGraph
 from sb3_iris.mixed_precision import autocast_dtype
 from sb3_iris.perceptual_loss import set_up_perceptual_loss
 from sb3_iris.policies import CnnLstmPolicy
@@ -93,6 +95,8 @@ class IRIS(SavingAlgorithm):
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
         ``predict`` and collection are always in float32.
+    :param compile: Whether to use ``torch.compile`` in training; ``"auto"``: on a GPU, where it takes a minute or two at the
+        first training steps and saves hours of a run of the paper's size.
     :param _init_setup_model: Whether to build the networks; False when loading.
     :raises ValueError: If an argument does not fit, named with its value and the way out.
     """
@@ -144,6 +148,7 @@ class IRIS(SavingAlgorithm):
         world_model_recent_share: float = 0.0,
         actor_critic_recent_share: float = 0.0,
         amp: str | None = "auto",
+        compile: bool | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
         if env is not None:
@@ -193,6 +198,7 @@ class IRIS(SavingAlgorithm):
         self.world_model_recent_share = world_model_recent_share
         self.actor_critic_recent_share = actor_critic_recent_share
         self.amp = amp
+        self.compile = compile
         self._progress_bar: tqdm | None = None
         self._learn_progress: LearnProgress | None = None
         self._resumed = False  # whether the next call of `learn` goes on with the one that a checkpoint was written in
@@ -219,17 +225,34 @@ class IRIS(SavingAlgorithm):
         self.set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
         self._autocast_dtype = autocast_dtype(self.amp, self.device, self.policy.world_model.transformer.embed_dim)
+        self._set_up_fast_paths()
         if self.verbose >= 1 and self._autocast_dtype is not None:
             print("Training in mixed precision, bfloat16 (amp)")
         if self.verbose >= 1 and self.policy.actor_critic.sees_codes:
             print("The actor-critic sees codes, not decoded frames as in the paper (actor_critic_input in policy_kwargs)")
         saved = getattr(self, "replay_buffer", None)  # only when loading, after `save(..., include=["replay_buffer"])`
         if saved is not None and saved.n_envs == self.n_envs:
-            saved.device, saved.uniform = self.device, self.uniform_replay
+            saved.to(self.device)
+            saved.uniform = self.uniform_replay
         else:
             self.replay_buffer = SequenceReplayBuffer(
                 self.buffer_size, self.policy.image_space, self.action_space, self.device, self.n_envs, self.uniform_replay
             )
+
+    def _set_up_fast_paths(self) -> None:
+        """What computes the losses: compiled functions and a CUDA graph where they are wanted, plain PyTorch elsewhere."""
+        policy, compile = self.policy, compiles(self.compile, self.device)
+        self._compute_loss: dict[str, Callable[..., tuple[th.Tensor, Logs]]] = {
+            "tokenizer": policy.tokenizer.loss,
+            "world_model": policy.world_model.loss,
+        }
+        if compile:
+            has_gradients = any(parameter.requires_grad for parameter in policy.tokenizer.parameters())
+            names = ("tokenizer", "world_model") if has_gradients else ("world_model",)
+            self._compute_loss |= {name: Compiled(self._compute_loss[name]) for name in names}
+        self._imagination_graph: ImaginationGraph | None = None
+        if self.device.type == "cuda" and self.compile is not False:
+            self._imagination_graph = ImaginationGraph(policy, self._autocast_dtype, compile)
 
     def _make_policy(self) -> CnnLstmPolicy:
         self._setup_lr_schedule()
@@ -369,7 +392,7 @@ class IRIS(SavingAlgorithm):
 
     def _tokenizer_loss(self) -> tuple[th.Tensor, Logs]:
         samples = self.replay_buffer.sample(self.tokenizer_batch_size, 1, self._rng)
-        return self.policy.tokenizer.loss(self.policy.to_frames(samples.observations[:, 0]), self._perceptual_loss)
+        return self._compute_loss["tokenizer"](self.policy.to_frames(samples.observations[:, 0]), self._perceptual_loss)
 
     def _encode(self, observations: np.ndarray | th.Tensor) -> th.Tensor:
         return self.policy.tokenizer.encode(self.policy.to_frames(observations))
@@ -378,15 +401,18 @@ class IRIS(SavingAlgorithm):
         samples = self.replay_buffer.sample_tokens(
             self.world_model_batch_size, self.sequence_length, self._rng, self._encode, *self._recent("world_model")
         )
-        return self.policy.world_model.loss(*samples)
+        return self._compute_loss["world_model"](*samples)
 
     def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
         policy, batch_size = self.policy, self.actor_critic_batch_size
         contexts = self.replay_buffer.sample_contexts(
             batch_size, self.burn_in, self._rng, self._encode, policy.observe, *self._recent("actor_critic")
         )
-        game = ImaginedGame(policy.observe, policy.world_model)
-        trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
+        if self._imagination_graph is not None:
+            trajectory = self._imagination_graph(contexts, self.imagination_horizon)
+        else:
+            game = ImaginedGame(policy.observe, policy.world_model)
+            trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
 
     def _recent(self, name: str) -> tuple[int, int]:

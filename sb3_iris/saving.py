@@ -100,7 +100,14 @@ class SavingAlgorithm(BaseAlgorithm):
         self.replay_buffer.forget_tokens()
 
     def _excluded_save_params(self) -> list[str]:
-        of_this_process = ["_autocast_dtype", "_perceptual_loss", "_progress_bar", "_checkpoint_lock"]
+        of_this_process = [
+            "_autocast_dtype",
+            "_compute_loss",
+            "_imagination_graph",
+            "_perceptual_loss",
+            "_progress_bar",
+            "_checkpoint_lock",
+        ]
         of_this_call = ["_learn_progress", "_resumed", "_run_checkpoints", "_held_out", "_collapse_warnings"]
         return [*super()._excluded_save_params(), *of_this_process, *of_this_call]
 

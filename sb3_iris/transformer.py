@@ -25,40 +25,35 @@ class KVCache:
     CHUNK = 64  # small enough to read little in vain, large enough to grow seldom
 
     def __init__(self, max_length: int) -> None:
-        self.keys: list[th.Tensor] = []  # of each block, (B, nh, at least length, hd)
-        self.values: list[th.Tensor] = []
+        self.memory: list[th.Tensor] = []  # keys and values of each block, (2, B, nh, at least length, hd)
         self.max_length = max_length
         self.length = 0
 
-    def update(self, layer: int, keys: th.Tensor, values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def update(self, layer: int, keys_values: th.Tensor) -> th.Tensor:
         """
         Write the new positions of one block behind those that are there. ``length`` moves once all blocks have written.
 
         :param layer: Index of the block.
-        :param keys: (B, nh, n, hd) of the n new positions.
-        :param values: (B, nh, n, hd)
-        :return: Keys and values of all positions, the new ones included, each (B, nh, at least length + n, hd); what is behind
+        :param keys_values: (2, B, nh, n, hd), keys and values of the n new positions.
+        :return: Keys and values of all positions, the new ones included, (2, B, nh, at least length + n, hd); what is behind
             these is finite and means nothing.
         """
-        end = self.length + keys.shape[2]
+        end = self.length + keys_values.shape[3]
         assert end <= self.max_length, (end, self.max_length)
-        if layer == len(self.keys):
-            self.keys.append(keys[:, :, :0])
-            self.values.append(values[:, :, :0])
-        if end > self.keys[layer].shape[2]:
-            self.keys[layer] = self._grown(self.keys[layer], end)
-            self.values[layer] = self._grown(self.values[layer], end)
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer], self.values[layer]
+        if layer == len(self.memory):
+            self.memory.append(keys_values[:, :, :, :0])
+        if end > self.memory[layer].shape[3]:
+            self.memory[layer] = self._grown(self.memory[layer], end)
+        self.memory[layer][:, :, :, self.length : end] = keys_values
+        return self.memory[layer]
 
     def _grown(self, old: th.Tensor, length: int) -> th.Tensor:
         """The same in memory for ``length`` positions or somewhat more; what is new is zero."""
-        B, nh, n, hd = old.shape
+        *sizes, n, hd = old.shape
         chunk = self.CHUNK if old.device.type == "cpu" else self.max_length
-        new = old.new_empty(B, nh, min(-(-length // chunk) * chunk, self.max_length), hd)
-        new[:, :, :n] = old
-        new[:, :, n:] = 0
+        new = old.new_empty(*sizes, min(-(-length // chunk) * chunk, self.max_length), hd)
+        new[:, :, :, :n] = old
+        new[:, :, :, n:] = 0
         return new
 
     def select(self, indices: th.Tensor) -> None:
@@ -67,8 +62,7 @@ class KVCache:
 
         :param indices: (n,) int64
         """
-        self.keys = [keys[indices] for keys in self.keys]
-        self.values = [values[indices] for values in self.values]
+        self.memory = [memory[:, indices] for memory in self.memory]
 
     def reset(self) -> None:
         """Forget all positions; the memory is kept."""
@@ -87,12 +81,19 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.residual_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: th.Tensor, cache: KVCache | None = None, bias: th.Tensor | None = None) -> th.Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hd)
+    def attend(self, qkv: th.Tensor, cache: KVCache | None, bias: th.Tensor | None) -> th.Tensor:
+        """
+        :param qkv: (B, T, 3 D)
+        :param cache: As in ``Transformer.forward``.
+        :param bias: As there, of this block.
+        :return: (B, T, D), what each position takes from those that it sees.
+        """
+        B, T, _ = qkv.shape
+        qkv = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hd)
+        q, k, v = qkv
         past = cache.length if cache is not None else 0
         if cache is not None:
-            keys, values = cache.update(self.layer, k, v)
+            keys, values = cache.update(self.layer, qkv[1:])
         if bias is not None:
             bias = bias[:, past : past + T].to(q.dtype)  # (nh, T, L)
         if past == 0:
@@ -101,7 +102,7 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (B, nh, T, hd)
         else:
             y = self._attend_to_cache(q, keys, values, past, bias)
-        return self.residual_dropout(self.proj(y.transpose(1, 2).reshape(B, T, D)))
+        return y.transpose(1, 2).reshape(B, T, -1)
 
     @staticmethod
     def _attend_to_cache(q: th.Tensor, keys: th.Tensor, values: th.Tensor, past: int, bias: th.Tensor | None) -> th.Tensor:
@@ -136,7 +137,17 @@ class Block(nn.Module):
         )
 
     def forward(self, x: th.Tensor, cache: KVCache | None = None, bias: th.Tensor | None = None) -> th.Tensor:
-        x = x + self.attention(self.ln_1(x), cache, bias)
+        return self.after_attention(x, self.attention.attend(self.before_attention(x), cache, bias))
+
+    # These two work on positions one by one, so they can be compiled, unlike what reads a cache that grows
+
+    def before_attention(self, x: th.Tensor) -> th.Tensor:
+        """(B, T, D) to queries, keys and values, (B, T, 3 D)."""
+        return self.attention.qkv(self.ln_1(x))
+
+    def after_attention(self, x: th.Tensor, attended: th.Tensor) -> th.Tensor:
+        """What the block makes of its input (B, T, D) and of what each position has attended to, (B, T, D)."""
+        x = x + self.attention.residual_dropout(self.attention.proj(attended))
         return x + self.mlp(self.ln_2(x))
 
 

@@ -205,11 +205,17 @@ def steps_in_buffer(model: IRIS) -> dict[str, np.ndarray]:
 def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
     """The same names with bit-equal tensors or arrays."""
     assert first.keys() == second.keys() and len(first) > 0
-    different = [name for name in first if not np.array_equal(np.asarray(first[name]), np.asarray(second[name]))]
+    different = [name for name in first if not _equal(first[name], second[name])]
     assert not different, different
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> set[str]:
     """First parts of the names of tensors or arrays that are not bit-equal."""
     assert first.keys() == second.keys()
-    return {name.split(".")[0] for name in first if not np.array_equal(np.asarray(first[name]), np.asarray(second[name]))}
+    return {name.split(".")[0] for name in first if not _equal(first[name], second[name])}
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether tensors, on whichever devices, or arrays are bit-equal."""
+    one, other = (value.cpu() if isinstance(value, th.Tensor) else value for value in (first, second))
+    return np.array_equal(np.asarray(one), np.asarray(other))

@@ -44,7 +44,12 @@ print("the end", flush=True)
 def start(folder: Path, code: str = RUN, **values: float) -> subprocess.Popen:
     """A run in a process of its own."""
     defaults = {"waits_at": -1, "fails_at": -1, "final_epochs": 1, "steps": 100_000, "save_freq": 8}
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     return subprocess.Popen(
         [sys.executable, "-c", code.format(**{**defaults, **values}), str(folder)],
         env=env,

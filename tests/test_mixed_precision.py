@@ -104,7 +104,7 @@ def test_game_by_full_passes() -> None:
             _, _, tokens = game.step(actions[:, t])
             assert tokens is not None
             frames.append(tokens)
-        assert game.cache.keys[0].dtype == th.bfloat16
+        assert game.cache.memory[0].dtype == th.bfloat16
     padded = th.cat([actions, actions[:, :1]], dim=1)
     with th.no_grad():
         logits = network(th.stack(frames, dim=1), padded).token_logits[:, K - 1 : -1]  # float32; of all frames but the first

@@ -209,7 +209,7 @@ def test_other_number_of_envs(file, n_envs):
 
 
 def test_load_without_env(file, trained):
-    loaded = IRIS.load(file)
+    loaded = IRIS.load(file, device="cpu")
     assert loaded.get_env() is None
     np.testing.assert_array_equal(play(loaded), play(trained))
     with pytest.raises(ValueError, match=r"env=None.*set_env"):
@@ -418,7 +418,7 @@ def test_world_model_knows_the_codes(tmp_path, patches):
     assert not th.equal(model.policy.world_model.codes, before)
     assert th.equal(model.policy.world_model.codes, model.policy.tokenizer.all_codes())
     model.save(tmp_path / "model")
-    loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
+    loaded = IRIS.load(tmp_path / "model", env=FrameEnv(), device="cpu")
     assert th.equal(loaded.policy.world_model.codes, model.policy.world_model.codes)
     assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
 

@@ -96,7 +96,7 @@ def test_attention_by_hand(with_bias: bool) -> None:
             scores = [q[t, head] @ k[s, head] / 3**0.5 + bias[i, t, s] for s in range(t + 1)]
             weights = F.softmax(th.stack(scores), dim=0)
             y[t, head] = sum(weight * v[s, head] for s, weight in enumerate(weights))
-    th.testing.assert_close(attention(x, bias=bias if with_bias else None)[0], attention.proj(y))
+    th.testing.assert_close(attention.attend(attention.qkv(x), None, bias if with_bias else None)[0], y)
 
 
 @th.no_grad()

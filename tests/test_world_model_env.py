@@ -335,7 +335,7 @@ def test_trained_says_nothing(model, recwarn):
 
 def test_after_load(model, tmp_path):
     model.save(tmp_path / "model")
-    loaded = IRIS.load(tmp_path / "model")
+    loaded = IRIS.load(tmp_path / "model", device="cpu")
     with pytest.raises(ValueError, match=r"start_observations=None.*empty.*load_replay_buffer"):
         loaded.get_world_model_env(2)
     envs = [m.get_world_model_env(4, start_observations=frames_of(0, 1, 2, 3), seed=0) for m in (model, loaded)]

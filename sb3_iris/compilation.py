@@ -1,0 +1,52 @@
+"""What ``torch.compile`` makes faster, and what to do where it cannot."""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+
+
+def compiles(compile: bool | str, device: th.device) -> bool:
+    """
+    :param compile: ``"auto"``, True or False.
+    :param device: Where the networks are.
+    :return: Whether to compile.
+    :raises ValueError: If ``compile`` is something else.
+    """
+    if compile not in ("auto", True, False):
+        raise ValueError(f"compile={compile!r} must be 'auto', True or False")
+    if compile == "auto":  # on a CPU nothing is gained, see benchmarks/SPEED.md; for a GPU PyTorch needs Triton
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return bool(compile)
+
+
+class Compiled:
+    """
+    A function compiled by ``torch.compile`` when it is first called, or the function itself, with a warning, where that fails:
+    for want of a C++ compiler, for instance.
+
+    :param function: The function. Tensors that it is called with have the same sizes every time.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._compiled: Callable[..., Any] | None = th.compile(function, dynamic=False)
+        self._works = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None:
+            return self._function(*args)
+        try:
+            result = self._compiled(*args)
+        except Exception as error:
+            if self._works:
+                raise
+            result = self._function(*args)  # if it is the function's own error, it is raised here
+            name = getattr(self._function, "__qualname__", repr(self._function))
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"compile: torch.compile failed for {name}, which goes on without, as with compile=False: {reason}")
+            self._compiled = None
+        self._works = True
+        return result

@@ -1,0 +1,195 @@
+"""What is done in another way on a GPU, beside the plain way on the same GPU."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_iris import IRIS
+from sb3_iris.imagination import ImaginedGame, imagine
+from sb3_iris.imagination_graph import ImaginationGraph
+from sb3_iris.policies import CnnLstmPolicy
+from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, NETWORKS
+from tests.presets import SIZES, FrameEnv, assert_equal, decided, parameters, tiny
+
+pytestmark = pytest.mark.skipif(not th.cuda.is_available(), reason="torch.cuda.is_available() is False")
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions may else be computed in tf32, which rounds in the third digit."""
+    monkeypatch.setattr(th.backends.cudnn, "allow_tf32", False)
+
+
+def make(**kwargs: Any) -> IRIS:
+    return tiny(FrameEnv(), **{"device": "cuda", "amp": None, "compile": False, **kwargs})
+
+
+def strong(model: IRIS) -> IRIS:
+    """With opinions strong enough that other frames lead to other actions."""
+    model.policy.to("cpu")
+    decided(model).policy.to("cuda")
+    return model
+
+
+def contexts(model: IRIS, batch_size: int = 5) -> ContextSamples:
+    policy = model.policy
+    tokens = th.randint(policy.tokenizer.codebook_size, (batch_size, 4, policy.tokenizer.tokens_per_frame), device="cuda")
+    mask = th.rand(batch_size, 3, device="cuda") < 0.8
+    return ContextSamples(tokens[:, -1], policy.observe(tokens[:, :-1]), mask)
+
+
+def imagine_plainly(model: IRIS, given: ContextSamples, horizon: int) -> ImaginedTrajectory:
+    game = ImaginedGame(model.policy.observe, model.policy.world_model)
+    return imagine(game, model.policy.actor_critic, given, horizon)
+
+
+def assert_same(ours: ImaginedTrajectory, plain: ImaginedTrajectory) -> None:
+    for name in ("actions", "rewards", "ends"):
+        assert th.equal(getattr(ours, name), getattr(plain, name)), name
+    for name in ("values", "logits"):
+        th.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("actor_critic_input", ["frames", "codes"])
+@pytest.mark.parametrize("options", [False, True])
+def test_graph_plays_as_plain_imagination_does(actor_critic_input: str, options: bool) -> None:
+    """The same trajectories from the same random stream, also once weights, contexts, horizon and batch are others."""
+    more = ("factored_positions", "relative_positions", "embed_codes")
+    model = make(policy_kwargs={"actor_critic_input": actor_critic_input, **dict.fromkeys(more, options)})
+    strong(model)
+    graph = ImaginationGraph(model.policy, None, compile=False)
+    for seed, (batch_size, horizon) in enumerate([(5, 6), (5, 6), (5, 9), (2, 9), (2, 9)]):
+        with th.no_grad():
+            for parameter in (*model.policy.world_model.parameters(), *model.policy.actor_critic.parameters()):
+                parameter.add_(0.1 * th.randn_like(parameter))
+        given = contexts(model, batch_size)
+        th.manual_seed(seed)
+        plain = imagine_plainly(model, given, horizon)
+        afterwards = th.cuda.get_rng_state()
+        assert plain.actions.unique().numel() > 1
+        th.manual_seed(seed)
+        assert_same(graph(given, horizon), plain)
+        assert th.equal(th.cuda.get_rng_state(), afterwards)
+
+
+def test_gradients_of_the_graph() -> None:
+    model = strong(make())
+    given = contexts(model)
+    actor_critic, graph = model.policy.actor_critic, ImaginationGraph(model.policy, None, compile=False)
+    results = []
+    for trajectory_of in (lambda: imagine_plainly(model, given, 6), lambda: graph(given, 6)):
+        th.manual_seed(0)
+        trajectory = trajectory_of()
+        loss = trajectory.values.square().sum() + trajectory.logits.square().sum()
+        results.append(th.autograd.grad(loss, list(actor_critic.parameters())))
+    for ours, plain in zip(results[1], results[0], strict=True):
+        th.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+    assert all(parameter.grad is None for parameter in model.policy.world_model.parameters())
+
+
+def test_bfloat16_in_the_graph() -> None:
+    """Weights are cast once a trajectory, to what autocast makes of them in every pass."""
+    model = strong(make(amp="bfloat16"))
+    given = contexts(model, 64)
+    th.manual_seed(0)
+    with model._autocast():
+        plain = imagine_plainly(model, given, 6)
+    th.manual_seed(0)
+    with model._autocast():
+        ours = ImaginationGraph(model.policy, th.bfloat16, compile=False)(given, 6)
+    assert (ours.actions == plain.actions).float().mean() > 0.95  # one token that is rounded otherwise makes another game
+    assert (ours.rewards == plain.rewards).float().mean() > 0.95
+
+
+def test_compiled_graph() -> None:
+    model = strong(make())
+    given = contexts(model, 64)
+    th.manual_seed(0)
+    plain = imagine_plainly(model, given, 6)
+    th.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ours = ImaginationGraph(model.policy, None, compile=True)(given, 6)
+    assert (ours.actions == plain.actions).float().mean() > 0.95
+
+
+def gradients(network: nn.Module) -> dict[str, th.Tensor]:
+    return {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("robust", [False, True])
+@pytest.mark.parametrize("name", NETWORKS[:2])
+def test_compiled_losses(name: str, robust: bool) -> None:
+    kwargs = {"policy_kwargs": {"robust_tokenizer": robust, "relative_positions": robust, "dropout": 0.0}}
+    model = make(**kwargs).learn(8)
+    network = getattr(model.policy, name).train()
+    given = copy.deepcopy(network.state_dict())
+    results = []
+    for compile in (False, True):
+        network.load_state_dict(given)
+        network.zero_grad()
+        model.compile = compile
+        model._set_up_fast_paths()
+        model.set_random_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            loss, _ = getattr(model, f"_{name}_loss")()
+        loss.backward()
+        results.append({"loss": loss.detach(), **gradients(network)})
+    assert results[0].keys() == results[1].keys()
+    for key, plain in results[0].items():
+        th.testing.assert_close(results[1][key], plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, "auto"])
+def test_whole_run(tmp_path, compile: bool | str) -> None:
+    """With all defaults of a GPU, saved, loaded and continued there and on the CPU."""
+    model = make(compile=compile, amp="auto", actor_critic_gradient_steps=3).learn(24)
+    before = parameters(model)
+    model.learn(12, reset_num_timesteps=False)
+    assert {name.split(".")[0] for name in before if not th.equal(before[name], parameters(model)[name])} >= set(NETWORKS)
+    model.save(tmp_path / "model")
+    for device in ("cuda", "cpu"):
+        loaded = IRIS.load(tmp_path / "model", env=FrameEnv(), device=device)
+        assert_equal(parameters(loaded), parameters(model))
+        assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 44
+    model.save_checkpoint(tmp_path / "checkpoints")
+    resumed = IRIS.resume(tmp_path / "checkpoints", FrameEnv(), device="cuda")
+    assert_equal(parameters(resumed), parameters(model))
+
+
+def test_same_seed_same_run() -> None:
+    with_graph = [make(compile="auto", seed=3).learn(24) for _ in range(2)]
+    for name, ours in parameters(with_graph[0]).items():
+        th.testing.assert_close(parameters(with_graph[1])[name], ours, rtol=1e-3, atol=1e-3)
+
+
+class WaitingPolicy(CnnLstmPolicy):
+    """Asks the GPU for a number, which cannot be recorded."""
+
+    def observe(self, tokens: th.Tensor) -> th.Tensor:
+        assert int(tokens.max()) < self.tokenizer.codebook_size
+        return super().observe(tokens)
+
+
+def test_what_cannot_be_recorded_runs_plainly() -> None:
+    kwargs: dict[str, Any] = {
+        "device": "cuda",
+        "perceptual_loss": None,
+        "train_freq": 4,
+        "final_training_epochs": 0,
+        "compile": "auto",
+    }
+    for network in NETWORKS:
+        kwargs |= {f"{network}_learning_starts": 4, f"{network}_gradient_steps": 1, f"{network}_batch_size": 3}
+    policy_kwargs = {**SIZES}
+    model = IRIS(WaitingPolicy, FrameEnv(), policy_kwargs=policy_kwargs, sequence_length=4, imagination_horizon=3, **kwargs)
+    with pytest.warns(UserWarning, match="Imagination goes on without a CUDA graph"):
+        model.learn(8)
+    before = parameters(model)
+    model.learn(8, reset_num_timesteps=False)
+    assert any(not th.equal(before[name], value) for name, value in parameters(model).items() if "actor_critic" in name)
