@@ -32,21 +32,22 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._compiled: Callable[..., Any] | None = th.compile(function, dynamic=False)
-        self._works = False
+        self._chosen: Callable[..., Any] | None = None  # the compiled one or the function itself
 
     def __call__(self, *args: Any) -> Any:
-        if self._compiled is None:
-            return self._function(*args)
+        if self._chosen is not None:
+            return self._chosen(*args)
         try:
-            result = self._compiled(*args)
+            with warnings.catch_warnings():
+                # Advice to whoever wrote the function
+                warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(dynamo|inductor|functorch)")
+                chosen = th.compile(self._function, dynamic=False)
+                result = chosen(*args)
         except Exception as error:
-            if self._works:
-                raise
-            result = self._function(*args)  # if it is the function's own error, it is raised here
+            chosen = self._function
+            result = chosen(*args)  # if it is the function's own error, it is raised here
             name = getattr(self._function, "__qualname__", repr(self._function))
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"compile: torch.compile failed for {name}, which goes on without, as with compile=False: {reason}")
-            self._compiled = None
-        self._works = True
+        self._chosen = chosen
         return result

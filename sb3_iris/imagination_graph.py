@@ -57,22 +57,29 @@ def capture(function: Callable[[], Any], device: th.device) -> tuple[th.cuda.CUD
     """
     Make a CUDA graph of what a function does on the GPU. Random streams are left as they were.
 
-    :param function: Called twice: once to compile and to load what it needs, once to be recorded.
+    :param function: Called three times: to compile and load what it needs, to see that it never waits for the GPU, as that
+        cannot be recorded, and to be recorded.
     :param device: The GPU.
     :return: The graph, and what the function returned: tensors that each replay of the graph fills anew.
+    :raises RuntimeError: If the function waits for the GPU.
     """
-    random_state = th.cuda.get_rng_state(device)
+    random_state, debug_mode = th.cuda.get_rng_state(device), th.cuda.get_sync_debug_mode()
     with th.cuda.device(device):
         try:
             stream = th.cuda.Stream()
             stream.wait_stream(th.cuda.current_stream())
             with th.cuda.stream(stream):
                 function()
+                # A recording that fails leaves PyTorch's random stream unusable
+                th.cuda.set_sync_debug_mode("error")
+                function()
+                th.cuda.set_sync_debug_mode(debug_mode)
             th.cuda.current_stream().wait_stream(stream)
             graph = th.cuda.CUDAGraph()
             with th.cuda.graph(graph):
                 result = function()
         finally:
+            th.cuda.set_sync_debug_mode(debug_mode)
             th.cuda.set_rng_state(random_state, device)
     return graph, result
 
@@ -124,6 +131,7 @@ class ImaginationGraph:
         self._contexts = ContextSamples(*(part.clone() for part in contexts))
         cast = CastWorldModel(policy.world_model, self._dtype, self.compile)
         observe = Compiled(policy.observe) if self.compile else policy.observe
+        self._kept = cast, observe  # the graph reads their memory
 
         @th.no_grad()
         def played() -> tuple[Any, ...]:

@@ -60,16 +60,16 @@ def test_all_kinds_of_files(trained, kind, tmp_path):
     if kind == "bytes":
         target = io.BytesIO()
         trained.save(target)
-        loaded = IRIS.load(io.BytesIO(target.getvalue()))
+        loaded = IRIS.load(io.BytesIO(target.getvalue()), device="cpu")
     elif kind == "open file":
         with open(path, "wb") as target:
             trained.save(target)
         with open(path, "rb") as source:
-            loaded = IRIS.load(source)
+            loaded = IRIS.load(source, device="cpu")
             assert not source.closed
     else:
         trained.save(str(path) if kind == "str" else path)
-        loaded = IRIS.load(str(path) if kind == "str" else path)
+        loaded = IRIS.load(str(path) if kind == "str" else path, device="cpu")
     assert (tmp_path / "model.zip").is_file() == (kind != "bytes")
     # the three optimizers' states are among them
     assert {name.split(".")[0] for name in parameters(trained)} == {*NETWORKS, *(f"{name}_optimizer" for name in NETWORKS)}
@@ -78,7 +78,7 @@ def test_all_kinds_of_files(trained, kind, tmp_path):
 
 
 def test_hyperparameters_and_counters(trained, file):
-    loaded = IRIS.load(file)
+    loaded = IRIS.load(file, device="cpu")
     names = vars(trained).keys() - {*trained._excluded_save_params(), "lr_schedule", "ep_info_buffer", "_rng", "_last_obs"}
     assert {"gamma", "num_timesteps", "_n_updates", "learning_rate", "policy_kwargs", "world_model_batch_size"} <= names
     different = [name for name in names if np.any(getattr(trained, name) != getattr(loaded, name))]
@@ -94,7 +94,7 @@ def test_loaded_model_goes_on_as_if_never_saved(file, trained, tmp_path):
     trained.save_replay_buffer(tmp_path / "buffer")
     runs = []
     for _ in range(2):
-        model = IRIS.load(file, env=FrameEnv())
+        model = IRIS.load(file, env=FrameEnv(), device="cpu")
         assert model.replay_buffer.size() == 0
         model.load_replay_buffer(tmp_path / "buffer")
         assert_equal(steps_in_buffer(model), steps_in_buffer(trained))
@@ -118,7 +118,7 @@ def test_optimizers_matter(file):
     """The test above can see a lost optimizer state: without one, the next steps are others."""
     runs = []
     for forget in (False, True):
-        model = IRIS.load(file, env=FrameEnv())
+        model = IRIS.load(file, env=FrameEnv(), device="cpu")
         if forget:
             for name in NETWORKS:
                 getattr(model.policy, f"{name}_optimizer").state.clear()
