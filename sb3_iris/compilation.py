@@ -28,10 +28,12 @@ class Compiled:
     for want of a C++ compiler, for instance.
 
     :param function: The function. Tensors that it is called with have the same sizes every time.
+    :param mode: Of ``torch.compile``. With ``"reduce-overhead"`` each call overwrites on a GPU what the one before gave.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], mode: str = "default") -> None:
         self._function = function
+        self._mode = mode
         self._chosen: Callable[..., Any] | None = None  # the compiled one or the function itself
 
     def __call__(self, *args: Any) -> Any:
@@ -41,7 +43,7 @@ class Compiled:
             with warnings.catch_warnings():
                 # Advice to whoever wrote the function
                 warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(dynamo|inductor|functorch)")
-                chosen = th.compile(self._function, dynamic=False)
+                chosen = th.compile(self._function, dynamic=False, mode=self._mode)
                 result = chosen(*args)
         except Exception as error:
             chosen = self._function

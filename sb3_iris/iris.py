@@ -247,9 +247,9 @@ class IRIS(SavingAlgorithm):
             "world_model": policy.world_model.loss,
         }
         if compile:
-            has_gradients = any(parameter.requires_grad for parameter in policy.tokenizer.parameters())
-            names = ("tokenizer", "world_model") if has_gradients else ("world_model",)
-            self._compute_loss |= {name: Compiled(self._compute_loss[name]) for name in names}
+            self._compute_loss["world_model"] = Compiled(policy.world_model.loss, "reduce-overhead")  # many small kernels
+            if any(parameter.requires_grad for parameter in policy.tokenizer.parameters()):  # not a PatchTokenizer
+                self._compute_loss["tokenizer"] = Compiled(policy.tokenizer.loss)
         self._imagination_graph: ImaginationGraph | None = None
         if self.device.type == "cuda" and self.compile is not False:
             self._imagination_graph = ImaginationGraph(policy, self._autocast_dtype, compile)
@@ -376,7 +376,7 @@ class IRIS(SavingAlgorithm):
                     loss.backward()
                     logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
                     optimizer.step()
-                history.append(logs)
+                history.append({key: value.clone() for key, value in logs.items()})  # the next step may overwrite them
         finally:  # after Ctrl-C one may want to play in the world model, without dropout
             network.eval()
         check_finite(name, history, self.num_timesteps)
