@@ -33,7 +33,7 @@ from benchmarks.runs import machine
 from sb3_iris import IRIS
 from sb3_iris.actor_critic import sample_categorical
 from sb3_iris.atari_wrappers import make_atari_env
-from sb3_iris.buffers import SEEN_BYTES
+from sb3_iris.buffers import seen_bytes
 from sb3_iris.imagination import ImaginedGame
 from sb3_iris.imagination_graph import CastWorldModel, capture
 from sb3_iris.type_aliases import NETWORKS
@@ -224,7 +224,7 @@ def preparation(model: IRIS, encode: float, decode: float) -> float:
     read = model.world_model_gradient_steps * model.world_model_batch_size * model.sequence_length
     seconds = encode * distinct(burnt_in + read, n_frames)
     if not model.policy.actor_critic.sees_codes:
-        share_kept = min(SEEN_BYTES / (4 * math.prod(model.policy.tokenizer.image_shape)) / n_frames, 1)
+        share_kept = min(seen_bytes(model.device) / (4 * math.prod(model.policy.tokenizer.image_shape)) / n_frames, 1)
         seconds += decode * (share_kept * distinct(burnt_in, n_frames) + (1 - share_kept) * burnt_in)
     return seconds
 

@@ -29,9 +29,20 @@ from sb3_iris.validation import check_memory
 
 Encode = Callable[[np.ndarray], th.Tensor]
 
-SEEN_BYTES = 2**30  # at most, to keep what the actor-critic sees of frames
 BLOCK_STEPS = 1_000  # in a block of frames in a file; bounds the memory that reading and writing take
 OUTCOMES = {"actions": np.int64, "rewards": np.float32, "terminations": bool, "truncations": bool, "episode_starts": bool}
+
+
+def seen_bytes(device: th.device | str) -> int:
+    """
+    :param device: Where the networks are.
+    :return: Most memory there in which to keep what the actor-critic sees of frames. A GPU gives more, as little else is in its
+        memory while the actor-critic is trained, and frames that find no room are decoded anew each time.
+    """
+    device = th.device(device)
+    if device.type == "cuda":
+        return min(2**32, th.cuda.get_device_properties(device).total_memory // 4)
+    return 2**30
 
 
 class SequenceReplayBuffer(BaseBuffer):
@@ -82,7 +93,7 @@ class SequenceReplayBuffer(BaseBuffer):
     def _make_caches(self) -> None:
         """Of tokens and of what the actor-critic sees of them; the frame of row i and environment n has index i N + n."""
         self._tokens = FrameCache(self.buffer_size * self.n_envs, self.device)
-        self._seen = FrameCache(self.buffer_size * self.n_envs, self.device, SEEN_BYTES)
+        self._seen = FrameCache(self.buffer_size * self.n_envs, self.device, seen_bytes(self.device))
 
     def to(self, device: th.device) -> None:
         """
@@ -205,7 +216,7 @@ class SequenceReplayBuffer(BaseBuffer):
         """
         Sample frames to imagine from, as ``sample`` draws last steps with ``pad_left``, and what the actor-critic sees of the
         frames before them. No frame is encoded twice until ``forget_tokens`` is called, none decoded twice until
-        ``forget_seen`` is, as far as ``SEEN_BYTES`` reach: a decoded frame of 64x64 RGB takes 49 KB, so they hold 21,845.
+        ``forget_seen`` is, as far as ``seen_bytes`` reach: a decoded frame of 64x64 RGB takes 49 KB, so a GiB holds 21,845.
 
         :param batch_size: Number of frames B.
         :param burn_in: Steps before each of them.

@@ -71,7 +71,9 @@ def capture(function: Callable[[], Any], device: th.device) -> tuple[th.cuda.CUD
             with th.cuda.stream(stream):
                 function()
                 # A recording that fails leaves PyTorch's random stream unusable
-                th.cuda.set_sync_debug_mode("error")
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Synchronization debug mode", category=UserWarning)
+                    th.cuda.set_sync_debug_mode("error")
                 function()
                 th.cuda.set_sync_debug_mode(debug_mode)
             th.cuda.current_stream().wait_stream(stream)

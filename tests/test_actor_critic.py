@@ -28,6 +28,23 @@ def random_game(B: int, T: int, p_end: float = 0.2) -> tuple[th.Tensor, th.Tenso
     return rewards, th.randn(B, T).double(), th.rand(B, T) < p_end
 
 
+@pytest.mark.parametrize("sees_codes", [False, True])
+def test_unroll_is_forward_step_by_step(sees_codes: bool) -> None:
+    B, T = 3, 4
+    actor_critic = ActorCritic((3, 8, 8), n_actions=3, lstm_hidden_size=5, sees_codes=sees_codes)
+    inputs, state = th.rand(B, T, 3, 8, 8), random_state(B)
+    logits, values = actor_critic.unroll(inputs, state)
+    assert logits.shape == (B, T, 3) and values.shape == (B, T)
+    for t in range(T):
+        output = actor_critic(inputs[:, t], state)
+        state = output.state
+        th.testing.assert_close(logits[:, t], output.logits)
+        th.testing.assert_close(values[:, t], output.values)
+    # and the gradient goes back through all steps
+    (gradient,) = th.autograd.grad(values[:, -1].sum(), actor_critic.lstm.weight_hh, retain_graph=True)
+    assert gradient.any()
+
+
 def test_number_of_parameters() -> None:
     actor_critic = ActorCritic((3, 64, 64), n_actions=6)
     assert sum(p.numel() for p in actor_critic.parameters()) == 3_218_983

@@ -318,7 +318,7 @@ def test_sample_tokens_and_contexts(
     """
     history = play(scripts, n_steps + n_more)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("sb3_iris.buffers.SEEN_BYTES", seen_bytes)
+        monkeypatch.setattr("sb3_iris.buffers.seen_bytes", lambda device: seen_bytes)
         buffer = make_buffer([steps[:n_steps] for steps in history], steps_per_env)
     shift = 1
 

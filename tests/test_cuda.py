@@ -113,7 +113,7 @@ def test_compiled_graph() -> None:
     plain = imagine_plainly(model, given, 6)
     th.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message="compile:|Imagination goes on")
         ours = ImaginationGraph(model.policy, None, compile=True)(given, 6)
     assert (ours.actions == plain.actions).float().mean() > 0.95
 
@@ -134,7 +134,7 @@ def test_compiled_losses(name: str, robust: bool) -> None:
         losses: list[th.Tensor] = []
         for _ in range(5):  # from the third on some are replayed as CUDA graphs
             with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)
+                warnings.filterwarnings("error", message="compile:|Imagination goes on")
                 loss, _ = getattr(model, f"_{name}_loss")()
             network.zero_grad()
             loss.backward()
