@@ -11,7 +11,7 @@ from sb3_iris import IRIS
 from sb3_iris.imagination import ImaginedGame, imagine
 from sb3_iris.imagination_graph import ImaginationGraph
 from sb3_iris.policies import CnnLstmPolicy
-from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, NETWORKS
+from sb3_iris.type_aliases import NETWORKS, ContextSamples, ImaginedTrajectory
 from tests.presets import SIZES, FrameEnv, assert_equal, decided, parameters, tiny
 
 pytestmark = pytest.mark.skipif(not th.cuda.is_available(), reason="torch.cuda.is_available() is False")
