@@ -36,8 +36,8 @@ OUTCOMES = {"actions": np.int64, "rewards": np.float32, "terminations": bool, "t
 def seen_bytes(device: th.device | str) -> int:
     """
     :param device: Where the networks are.
-    :return: Most memory there in which to keep what the actor-critic sees of frames. A GPU gives more, as little else is in its
-        memory while the actor-critic is trained, and frames that find no room are decoded anew each time.
+    :return: Bytes of memory there in which to keep what the actor-critic sees of frames, at most. A GPU gives more, as little
+        else is in its memory while the actor-critic is trained, and frames that find no room are decoded anew each time.
     """
     device = th.device(device)
     if device.type == "cuda":

@@ -95,8 +95,8 @@ class IRIS(SavingAlgorithm):
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
         ``predict`` and collection are always in float32.
-    :param compile: Whether to use ``torch.compile`` in training and, on a GPU, to imagine in a CUDA graph. It takes a few minutes
-        at the first training steps; False for runs that are shorter than what that saves. ``"auto"``: on a GPU.
+    :param compile: Whether to use ``torch.compile`` in training and, on a GPU, to imagine in a CUDA graph. It takes a few
+        minutes at the first training steps; False for runs that are shorter than what that saves. ``"auto"``: on a GPU.
     :param _init_setup_model: Whether to build the networks; False when loading.
     :raises ValueError: If an argument does not fit, named with its value and the way out.
     """
