@@ -34,6 +34,7 @@ from sb3_iris import IRIS
 from sb3_iris.actor_critic import sample_categorical
 from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.buffers import seen_bytes
+from sb3_iris.compilation import compiles
 from sb3_iris.imagination import ImaginedGame
 from sb3_iris.imagination_graph import CastWorldModel, capture
 from sb3_iris.type_aliases import NETWORKS
@@ -150,11 +151,11 @@ class Stopwatch:
 @contextlib.contextmanager
 def plain(model: IRIS) -> Iterator[None]:
     """Inside, losses and imagination are computed without ``torch.compile`` and CUDA graphs."""
-    fast = model.compile, model._compute_loss, model._imagination_graph
-    model.compile = False
-    model._set_up_fast_paths()
-    yield
-    model.compile, model._compute_loss, model._imagination_graph = fast
+    compile, model.compile = model.compile, False
+    try:
+        yield
+    finally:
+        model.compile = compile
 
 
 class ImaginedSteps:
@@ -172,11 +173,11 @@ class ImaginedSteps:
 
     def __call__(self) -> None:
         model = self.model
-        if model._imagination_graph is None:
+        if model.device.type != "cuda" or not model.compile:
             self._play(model.policy.world_model)
             return
         if self.graph is None:
-            cast = CastWorldModel(model.policy.world_model, model._autocast_dtype, model._imagination_graph.compile)
+            cast = CastWorldModel(model.policy.world_model, model._autocast_dtype, compiles(model.compile, model.device))
             self.graph, _ = capture(lambda: self._play(cast.refresh()), model.device)
         self.graph.replay()
 
@@ -335,6 +336,8 @@ def main() -> None:
     if args.parts is None:
         print(f"The cache makes imagined Transformer steps {anew / cached:.1f} times as fast as reading all anew")
         print(f"A whole epoch: {phase + played * model.train_freq:.1f} s; {N_STEPS:,} steps: {hours:,.1f} hours")
+        if model.device.type == "cuda":  # CUDA graphs keep theirs; what a part allocates does not show it
+            print(f"Memory of the GPU taken in all: {th.cuda.max_memory_reserved(model.device) / 1e9:.1f} GB")
     if not watch.rows:
         parser.error(f"--parts {args.parts}: the table has no such row")
     if args.out is not None:

@@ -33,13 +33,12 @@ BLOCK_STEPS = 1_000  # in a block of frames in a file; bounds the memory that re
 OUTCOMES = {"actions": np.int64, "rewards": np.float32, "terminations": bool, "truncations": bool, "episode_starts": bool}
 
 
-def seen_bytes(device: th.device | str) -> int:
+def seen_bytes(device: th.device) -> int:
     """
     :param device: Where the networks are.
     :return: Bytes of memory there in which to keep what the actor-critic sees of frames, at most. A GPU gives more, as little
         else is in its memory while the actor-critic is trained, and frames that find no room are decoded anew each time.
     """
-    device = th.device(device)
     if device.type == "cuda":
         return min(2**32, th.cuda.get_device_properties(device).total_memory // 4)
     return 2**30
@@ -92,8 +91,8 @@ class SequenceReplayBuffer(BaseBuffer):
 
     def _make_caches(self) -> None:
         """Of tokens and of what the actor-critic sees of them; the frame of row i and environment n has index i N + n."""
-        self._tokens = FrameCache(self.buffer_size * self.n_envs, self.device)
-        self._seen = FrameCache(self.buffer_size * self.n_envs, self.device, seen_bytes(self.device))
+        self._tokens = FrameCache(self.buffer_size * self.n_envs)
+        self._seen = FrameCache(self.buffer_size * self.n_envs, seen_bytes)
 
     def to(self, device: th.device) -> None:
         """

@@ -9,7 +9,7 @@ its actions and all sampling.
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
@@ -17,14 +17,14 @@ from torch import nn
 from sb3_iris.compilation import Compiled
 from sb3_iris.imagination import ImaginedGame, imagine, play
 from sb3_iris.policies import CnnLstmPolicy
-from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory
+from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, LSTMState
 from sb3_iris.world_model import WorldModel
 
 
 class CastWorldModel:
     """
     A world model's copy whose linear layers have the weights to which autocast would cast those of the original, so that they
-    are cast once a trajectory and not in every pass.
+    are cast once a trajectory and not in every pass. (With ``embed_codes`` the token head's last weights are sums of such.)
 
     :param original: The world model that is trained.
     :param dtype: Type that autocast casts to; None for none.
@@ -65,9 +65,10 @@ def capture(function: Callable[[], Any], device: th.device) -> tuple[th.cuda.CUD
     """
     random_state, debug_mode = th.cuda.get_rng_state(device), th.cuda.get_sync_debug_mode()
     with th.cuda.device(device):
+        current = th.cuda.current_stream()
         try:
             stream = th.cuda.Stream()
-            stream.wait_stream(th.cuda.current_stream())
+            stream.wait_stream(current)
             with th.cuda.stream(stream):
                 function()
                 # A recording that fails leaves PyTorch's random stream unusable
@@ -76,14 +77,24 @@ def capture(function: Callable[[], Any], device: th.device) -> tuple[th.cuda.CUD
                     th.cuda.set_sync_debug_mode("error")
                 function()
                 th.cuda.set_sync_debug_mode(debug_mode)
-            th.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(stream)
             graph = th.cuda.CUDAGraph()
             with th.cuda.graph(graph):
                 result = function()
         finally:
+            th.cuda.set_stream(current)
             th.cuda.set_sync_debug_mode(debug_mode)
             th.cuda.set_rng_state(random_state, device)
     return graph, result
+
+
+class _Recording(NamedTuple):
+    """A graph and all whose memory it reads and writes."""
+
+    graph: th.cuda.CUDAGraph
+    contexts: ContextSamples  # to be filled before a replay
+    played: tuple[th.Tensor, LSTMState, th.Tensor, th.Tensor, th.Tensor]  # frames, state before them, actions, rewards, ends
+    kept: tuple[Any, ...]
 
 
 class ImaginationGraph:
@@ -91,68 +102,75 @@ class ImaginationGraph:
     Does what ``imagine`` does, on a GPU, many times as fast.
 
     Actions are drawn in the graph, without gradients. What the actor-critic thinks of the frames that it saw is then computed
-    once more with gradients, for all steps together.
-
-    :param policy: The networks.
-    :param dtype: Type that autocast casts to; None for none.
-    :param compile: Whether to compile the world model's blocks and the decoder.
+    once more with gradients, for all steps together. The graph is recorded when it is first needed, and again for contexts of
+    other sizes, another horizon, or weights that lie elsewhere; a policy's ``observe`` is only called then. Copies have none.
     """
 
-    def __init__(self, policy: CnnLstmPolicy, dtype: th.dtype | None, compile: bool) -> None:
-        self.policy = policy
-        self._dtype = dtype
-        self.compile = compile
-        self._fails = False
-        self._recorded: tuple[Any, ...] | None = None  # sizes of the contexts, and where the weights are that the graph reads
+    def __init__(self) -> None:
+        self._recording: _Recording | None = None
+        self._recorded: tuple[Any, ...] | None = None  # what for
+        self._failed: tuple[Any, ...] | None = None
 
-    def __call__(self, contexts: ContextSamples, horizon: int) -> ImaginedTrajectory:
+    def __call__(
+        self, policy: CnnLstmPolicy, contexts: ContextSamples, horizon: int, dtype: th.dtype | None, compile: bool
+    ) -> ImaginedTrajectory:
         """
+        :param policy: The networks.
         :param contexts: As for ``imagine``.
         :param horizon: Steps to imagine, at least 2.
+        :param dtype: Type that autocast casts to; None for none.
+        :param compile: Whether to compile the world model's blocks and the decoder.
         :return: What was imagined; all but values and logits is overwritten by the next call.
         """
-        if not self._fails:
-            self._record(contexts, horizon)
-        if self._fails:
-            game = ImaginedGame(self.policy.observe, self.policy.world_model)
-            return imagine(game, self.policy.actor_critic, contexts, horizon)
-        for recorded, given in zip(self._contexts, contexts, strict=True):
+        weights = (*policy.parameters(), *policy.buffers())
+        asked = (
+            *(part.shape for part in contexts),
+            *(weight.data_ptr() for weight in weights),
+            horizon,
+            dtype,
+            compile,
+        )
+        if asked not in (self._recorded, self._failed):
+            self._recorded = self._recording = None  # frees its memory first
+            try:
+                self._recording = self._record(policy, contexts, horizon, dtype, compile)
+                self._recorded = asked
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(
+                    f"Imagination goes on without a CUDA graph, and so more slowly, as one could not be made: {reason}"
+                )
+                self._failed = asked
+        if self._recording is None:
+            return imagine(ImaginedGame(policy.observe, policy.world_model), policy.actor_critic, contexts, horizon)
+        for recorded, given in zip(self._recording.contexts, contexts, strict=True):
             recorded.copy_(given)
-        self._graph.replay()
-        frames, state, actions, rewards, ends = self._played
-        logits, values = self.policy.actor_critic.unroll(frames, state)
+        self._recording.graph.replay()
+        frames, state, actions, rewards, ends = self._recording.played
+        logits, values = policy.actor_critic.unroll(frames, state)
         return ImaginedTrajectory(actions, rewards, ends, values, logits)
 
-    def _record(self, contexts: ContextSamples, horizon: int) -> None:
-        """Make the graph, if there is none for such contexts and where the weights are now."""
-        policy = self.policy
-        weights = (*policy.parameters(), *policy.buffers())
-        asked = (horizon, *(part.shape for part in contexts), *(weight.data_ptr() for weight in weights))
-        if asked == self._recorded:
-            return
-        self._contexts = ContextSamples(*(part.clone() for part in contexts))
-        cast = CastWorldModel(policy.world_model, self._dtype, self.compile)
-        observe = Compiled(policy.observe) if self.compile else policy.observe
-        self._kept = cast, observe  # the graph reads their memory
+    @staticmethod
+    def _record(
+        policy: CnnLstmPolicy, given: ContextSamples, horizon: int, dtype: th.dtype | None, compile: bool
+    ) -> _Recording:
+        contexts = ContextSamples(*(part.clone() for part in given))
+        cast = CastWorldModel(policy.world_model, dtype, compile)
+        observe = Compiled(policy.observe) if compile else policy.observe
 
         @th.no_grad()
         def played() -> tuple[Any, ...]:
             # Casts that autocast keeps would be gone when the graph is replayed
-            with th.autocast("cuda", self._dtype, enabled=self._dtype is not None, cache_enabled=False):
+            with th.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
                 game = ImaginedGame(observe, cast.refresh())
-                state = policy.actor_critic.burn_in(self._contexts.seen, self._contexts.mask)
-                steps = play(game, policy.actor_critic, self._contexts.tokens, state, horizon)
-                frames, actions, rewards, ends = (
-                    th.stack([getattr(step, name) for step in steps], dim=1)
-                    for name in ("frames", "actions", "rewards", "ends")
-                )
-                return frames, state, actions, rewards, ends
+                state = policy.actor_critic.burn_in(contexts.seen, contexts.mask)
+                steps = play(game, policy.actor_critic, contexts.tokens, state, horizon)
+                names = ("frames", "actions", "rewards", "ends")
+                frames, *outcomes = (th.stack([getattr(step, name) for step in steps], dim=1) for name in names)
+                return frames, state, *outcomes
 
-        try:
-            self._graph, self._played = capture(played, policy.device)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"Imagination goes on without a CUDA graph, and so more slowly, as one could not be made: {reason}")
-            self._fails = True
-            return
-        self._recorded = asked
+        graph, result = capture(played, policy.device)
+        return _Recording(graph, contexts, result, (cast, observe))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict.fromkeys(self.__dict__)

@@ -14,6 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 from torch import nn
+from torch._compile import _disable_dynamo
 from tqdm import tqdm
 
 from sb3_iris import atari_wrappers  # noqa: F401  (registers ale-py's games, so that their names can be given as env)
@@ -199,6 +200,8 @@ class IRIS(SavingAlgorithm):
         self.actor_critic_recent_share = actor_critic_recent_share
         self.amp = amp
         self.compile = compile
+        self._compiled: dict[str, Compiled] = {}
+        self._imagination_graph = ImaginationGraph()
         self._progress_bar: tqdm | None = None
         self._learn_progress: LearnProgress | None = None
         self._resumed = False  # whether the next call of `learn` goes on with the one that a checkpoint was written in
@@ -225,7 +228,7 @@ class IRIS(SavingAlgorithm):
         self.set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
         self._autocast_dtype = autocast_dtype(self.amp, self.device, self.policy.world_model.transformer.embed_dim)
-        self._set_up_fast_paths()
+        compiles(self.compile, self.device)  # raises if it is something else
         if self.verbose >= 1 and self._autocast_dtype is not None:
             print("Training in mixed precision, bfloat16 (amp)")
         if self.verbose >= 1 and self.policy.actor_critic.sees_codes:
@@ -239,20 +242,16 @@ class IRIS(SavingAlgorithm):
                 self.buffer_size, self.policy.image_space, self.action_space, self.device, self.n_envs, self.uniform_replay
             )
 
-    def _set_up_fast_paths(self) -> None:
-        """What computes the losses: compiled functions and a CUDA graph where they are wanted, plain PyTorch elsewhere."""
-        policy, compile = self.policy, compiles(self.compile, self.device)
-        self._compute_loss: dict[str, Callable[..., tuple[th.Tensor, Logs]]] = {
-            "tokenizer": policy.tokenizer.loss,
-            "world_model": policy.world_model.loss,
-        }
-        if compile:
-            self._compute_loss["world_model"] = Compiled(policy.world_model.loss, "reduce-overhead")  # many small kernels
-            if any(parameter.requires_grad for parameter in policy.tokenizer.parameters()):  # not a PatchTokenizer
-                self._compute_loss["tokenizer"] = Compiled(policy.tokenizer.loss)
-        self._imagination_graph: ImaginationGraph | None = None
-        if self.device.type == "cuda" and self.compile is not False:
-            self._imagination_graph = ImaginationGraph(policy, self._autocast_dtype, compile)
+    def _loss_of(self, name: str) -> Callable[..., tuple[th.Tensor, Logs]]:
+        """The loss function of tokenizer or world model, compiled where that is wanted."""
+        network = getattr(self.policy, name)
+        has_gradients = any(parameter.requires_grad for parameter in network.parameters())  # not so a PatchTokenizer
+        if not (compiles(self.compile, self.device) and has_gradients):
+            return network.loss
+        if name not in self._compiled or self._compiled[name].function != network.loss:
+            # A step of the world model is many small kernels
+            self._compiled[name] = Compiled(network.loss, "reduce-overhead" if name == "world_model" else "default")
+        return self._compiled[name]
 
     def _make_policy(self) -> CnnLstmPolicy:
         self._setup_lr_schedule()
@@ -392,7 +391,13 @@ class IRIS(SavingAlgorithm):
 
     def _tokenizer_loss(self) -> tuple[th.Tensor, Logs]:
         samples = self.replay_buffer.sample(self.tokenizer_batch_size, 1, self._rng)
-        return self._compute_loss["tokenizer"](self.policy.to_frames(samples.observations[:, 0]), self._perceptual_loss)
+        perceptual_loss = self._given_perceptual_loss if callable(self.perceptual_loss) else self._perceptual_loss
+        return self._loss_of("tokenizer")(self.policy.to_frames(samples.observations[:, 0]), perceptual_loss)
+
+    @_disable_dynamo  # a function of the user's that keeps something would be compiled anew at each step
+    def _given_perceptual_loss(self, x: th.Tensor, x_hat: th.Tensor) -> th.Tensor:
+        assert self._perceptual_loss is not None
+        return self._perceptual_loss(x, x_hat)
 
     def _encode(self, observations: np.ndarray | th.Tensor) -> th.Tensor:
         return self.policy.tokenizer.encode(self.policy.to_frames(observations))
@@ -401,15 +406,16 @@ class IRIS(SavingAlgorithm):
         samples = self.replay_buffer.sample_tokens(
             self.world_model_batch_size, self.sequence_length, self._rng, self._encode, *self._recent("world_model")
         )
-        return self._compute_loss["world_model"](*samples)
+        return self._loss_of("world_model")(*samples)
 
     def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
         policy, batch_size = self.policy, self.actor_critic_batch_size
         contexts = self.replay_buffer.sample_contexts(
             batch_size, self.burn_in, self._rng, self._encode, policy.observe, *self._recent("actor_critic")
         )
-        if self._imagination_graph is not None:
-            trajectory = self._imagination_graph(contexts, self.imagination_horizon)
+        if self.device.type == "cuda" and self.compile:
+            compile = compiles(self.compile, self.device)
+            trajectory = self._imagination_graph(policy, contexts, self.imagination_horizon, self._autocast_dtype, compile)
         else:
             game = ImaginedGame(policy.observe, policy.world_model)
             trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)

@@ -222,7 +222,8 @@ class CnnLstmPolicy(BasePolicy):
     @th.no_grad()
     def observe(self, tokens: th.Tensor) -> th.Tensor:
         """
-        What the actor-critic sees of frames.
+        What the actor-critic sees of frames. On a GPU the imagination's calls of it are recorded once and then replayed, so
+        what else it reads must not change.
 
         :param tokens: (..., K) int64 in [0, V)
         :return: Decoded frames (..., C, H, W) float32 in [0, 1], or codes (..., codebook_dim, h, w) float32

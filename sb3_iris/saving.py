@@ -102,7 +102,7 @@ class SavingAlgorithm(BaseAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         of_this_process = [
             "_autocast_dtype",
-            "_compute_loss",
+            "_compiled",
             "_imagination_graph",
             "_perceptual_loss",
             "_progress_bar",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch as th
 from torch import nn
+from torch._compile import _disable_dynamo  # as in torch.optim: th.compiler.disable would load the compiler for all
 from torch.nn import functional as F
 
 from sb3_iris.type_aliases import Logs, QuantizerOutput
@@ -119,7 +120,7 @@ class VectorQuantizer(nn.Module):
         commitment_loss = F.mse_loss(z, z_q.detach())
         return QuantizerOutput(z + (z_q - z).detach(), tokens, codebook_loss, commitment_loss)
 
-    @th.compiler.disable  # it changes what the gradients are of, and draws as it does without compilation
+    @_disable_dynamo  # it changes what the gradients are of, and draws as it does without compilation
     @th.no_grad()
     def _revive(self, z: th.Tensor, revive_after: int) -> None:
         """Replace idle entries by outputs of the batch drawn at random, then count which entries the batch uses."""
@@ -272,7 +273,7 @@ class BaseTokenizer(nn.Module):
         """
         raise NotImplementedError
 
-    @th.compiler.disable  # it has sizes that depend on values
+    @_disable_dynamo  # it has sizes that depend on values
     @th.no_grad()
     def _quality(self, x: th.Tensor, x_hat: th.Tensor, tokens: th.Tensor) -> Logs:
         """What to log of frames, their reconstructions (B, C, H, W) on the [-1, 1] scale, and their tokens (B, K)."""

@@ -162,6 +162,16 @@ def test_exclude(trained, tmp_path):
     assert_equal(parameters(trained), parameters(loaded))
 
 
+def test_replay_buffer_of_another_machine(tmp_path):
+    """One that was on a GPU goes to where the model is loaded, also where there is no GPU."""
+    model = tiny(FrameEnv()).learn(8)
+    model.replay_buffer.device = th.device("cuda")
+    model.save(tmp_path / "model", include=["replay_buffer"])
+    loaded = IRIS.load(tmp_path / "model", env=FrameEnv(), device="cpu")
+    assert loaded.replay_buffer.size() == 8
+    assert loaded.learn(4, reset_num_timesteps=False).replay_buffer.size() == 12
+
+
 def test_include_replay_buffer(trained, tmp_path):
     trained.save(tmp_path / "model", include=["replay_buffer"])
     loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
