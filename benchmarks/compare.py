@@ -314,7 +314,9 @@ def main() -> int:
     parser.add_argument(
         "--preset", default="paper", help="IRIS's settings for an Atari game, as in atari100k.py (default: paper)"
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of IRIS that differ, in YAML")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings of IRIS that differ, in YAML"
+    )
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     runs.add_arguments(parser)
     args = parser.parse_args()

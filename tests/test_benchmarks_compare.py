@@ -150,3 +150,15 @@ def test_change():
     for wrong in ("ent_coef", "=3", "policy_kwargs.=3"):
         with pytest.raises(ValueError, match=re.escape(f"--set {wrong}: give NAME=VALUE")):
             compare.change(config, wrong)
+
+
+def test_settings_given_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--set A --set B`` is ``--set A B``: none is left out in silence."""
+    command = "compare.py --algos iris random --seeds 0 --steps 30 --eval-games 1 --device cpu --set train_freq=16 gamma=0.5"
+    steps = [f"{name}_gradient_steps=0" for name in NETWORKS]
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--set", *steps, "--out", str(tmp_path)])
+    assert compare.main() == 0
+    config = runs.read(tmp_path / "iris" / "seed_0")["spec"]["config"]
+    assert (config["train_freq"], config["gamma"]) == (16, 0.5)
+    assert all(config[f"{name}_gradient_steps"] == 0 for name in NETWORKS)
+    assert runs.read(tmp_path / "random" / "seed_0")["spec"]["config"] == {}
