@@ -51,7 +51,7 @@ class Compiled:
                 warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(dynamo|inductor|functorch)")
                 chosen = th.compile(self.function, dynamic=False, mode=self._mode)
                 result = chosen(*args)
-        except th.OutOfMemoryError:
+        except th.cuda.OutOfMemoryError:
             raise
         except Exception as error:
             chosen = self.function

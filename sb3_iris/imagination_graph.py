@@ -123,13 +123,7 @@ class ImaginationGraph:
         :return: What was imagined; all but values and logits is overwritten by the next call.
         """
         weights = (*policy.parameters(), *policy.buffers())
-        asked = (
-            *(part.shape for part in contexts),
-            *(weight.data_ptr() for weight in weights),
-            horizon,
-            dtype,
-            compile,
-        )
+        asked = (horizon, dtype, compile, *(part.shape for part in contexts), *(weight.data_ptr() for weight in weights))
         if asked not in (self._recorded, self._failed):
             self._recorded = self._recording = None  # frees its memory first
             try:
@@ -141,7 +135,7 @@ class ImaginationGraph:
                     f"Imagination goes on without a CUDA graph, and so more slowly, as one could not be made: {reason}"
                 )
                 self._failed = asked
-        if self._recording is None:
+        if self._recording is None or asked != self._recorded:
             return imagine(ImaginedGame(policy.observe, policy.world_model), policy.actor_critic, contexts, horizon)
         for recorded, given in zip(self._recording.contexts, contexts, strict=True):
             recorded.copy_(given)
