@@ -116,13 +116,13 @@ def test_rounding_otherwise_makes_few_other_games(dtype: th.dtype | None, compil
             parameter.add_(0.3 * th.randn_like(parameter))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="compile:|Imagination goes on")
-        assert agreement(model, dtype, compile) > 0.85
+        assert agreement(model, dtype, compile) > 0.93
     monkeypatch.setattr(
         CastWorldModel,
         "refresh",
         lambda cast: cast.world_model.apply(lambda m: m.weight.zero_() if isinstance(m, nn.Linear) else None),
     )
-    assert agreement(model, dtype, False) < 0.7
+    assert agreement(model, dtype, False) < 0.8
 
 
 @pytest.mark.parametrize("robust", [False, True])
