@@ -70,6 +70,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+Counting = Callable[[], contextlib.AbstractContextManager[None]]
+
+
 class Stopwatch:
     """
     Times functions and counts their arithmetic.
@@ -77,15 +80,14 @@ class Stopwatch:
     :param device: Where they compute; a GPU is waited for before the clock is read.
     :param repeats: Timed calls of each, after one that is not timed.
     :param parts: Names of the rows that are wanted; None for all.
+    :param counting: Makes the context in which arithmetic is counted, which cannot be seen in a CUDA graph.
     """
 
-    # What a function is run in while its arithmetic is counted, which cannot be seen in a CUDA graph
-    counting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-
-    def __init__(self, device: th.device, repeats: int, parts: Sequence[str] | None = None) -> None:
+    def __init__(self, device: th.device, repeats: int, parts: Sequence[str] | None, counting: Counting) -> None:
         self.device = device
         self.repeats = repeats
         self.parts = parts
+        self.counting = counting
         self.rows: dict[str, dict[str, Any]] = {}
         size = 2048 if device.type == "cpu" else 8192
         matrix = th.randn(size, size, device=device)
@@ -93,14 +95,17 @@ class Stopwatch:
 
     def _seconds(self, function: Callable[[], Any]) -> tuple[float, float]:
         """Median and minimum of the timed calls."""
+        function()  # compiles, records and loads what it needs
+        if self.device.type == "cuda":
+            th.cuda.reset_peak_memory_stats(self.device)
         times = []
-        for _ in range(self.repeats + 1):
+        for _ in range(self.repeats):
             self._wait()
             start = time.perf_counter()
             function()
             self._wait()
             times.append(time.perf_counter() - start)
-        return statistics.median(times[1:]), min(times[1:])
+        return statistics.median(times), min(times)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -122,9 +127,6 @@ class Stopwatch:
         if self.parts is not None and part not in self.parts:
             return math.nan
         flop = self._flop(function)
-        function()  # compiles and records what it needs
-        if self.device.type == "cuda":
-            th.cuda.reset_peak_memory_stats(self.device)
         seconds, least = self._seconds(function)
         if self.device.type == "cuda":
             peak = th.cuda.max_memory_allocated(self.device) / 1e9
@@ -290,8 +292,7 @@ def main() -> None:
         compile="auto" if args.compile == "auto" else args.compile == "true",
         **settings,
     )
-    watch = Stopwatch(model.device, args.repeats, args.parts)
-    watch.counting = lambda: plain(model)
+    watch = Stopwatch(model.device, args.repeats, args.parts, lambda: plain(model))
     precision = str(model._autocast_dtype or th.float32).removeprefix("torch.")
     print(
         f"{args.preset} settings, {precision}, {th.get_num_threads()} threads, "

@@ -1,6 +1,7 @@
 """What ``torch.compile`` makes faster, and what to do where it cannot."""
 
 import contextlib
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -19,8 +20,13 @@ def compiles(compile: bool | str, device: th.device) -> bool:
     if compile not in ("auto", True, False):
         raise ValueError(f"compile={compile!r} must be 'auto', True or False")
     if compile == "auto":  # on a CPU compilation takes long for what it gains; for a GPU PyTorch needs Triton
-        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        return device.type == "cuda" and _has_triton()
     return bool(compile)
+
+
+@functools.cache  # it is asked for at each gradient step
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class Compiled:

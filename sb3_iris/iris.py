@@ -242,17 +242,6 @@ class IRIS(SavingAlgorithm):
                 self.buffer_size, self.policy.image_space, self.action_space, self.device, self.n_envs, self.uniform_replay
             )
 
-    def _loss_of(self, name: str) -> Callable[..., tuple[th.Tensor, Logs]]:
-        """The loss function of tokenizer or world model, compiled where that is wanted."""
-        network = getattr(self.policy, name)
-        has_gradients = any(parameter.requires_grad for parameter in network.parameters())  # not so a PatchTokenizer
-        if not (compiles(self.compile, self.device) and has_gradients):
-            return network.loss
-        if name not in self._compiled or self._compiled[name].function != network.loss:
-            # A step of the world model is many small kernels
-            self._compiled[name] = Compiled(network.loss, "reduce-overhead" if name == "world_model" else "default")
-        return self._compiled[name]
-
     def _make_policy(self) -> CnnLstmPolicy:
         self._setup_lr_schedule()
         return self.policy_class(  # type: ignore[return-value]
@@ -388,6 +377,17 @@ class IRIS(SavingAlgorithm):
     def _autocast(self) -> th.autocast:
         """The precision of a training phase; casts of weights live as long as the context, so one step at most."""
         return th.autocast(self.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
+
+    def _loss_of(self, name: str) -> Callable[..., tuple[th.Tensor, Logs]]:
+        """The loss function of tokenizer or world model, compiled where that is wanted."""
+        network = getattr(self.policy, name)
+        has_gradients = any(parameter.requires_grad for parameter in network.parameters())  # not so a PatchTokenizer
+        if not (compiles(self.compile, self.device) and has_gradients):
+            return network.loss
+        if name not in self._compiled or self._compiled[name].function != network.loss:
+            # A step of the world model is many small kernels
+            self._compiled[name] = Compiled(network.loss, "reduce-overhead" if name == "world_model" else "default")
+        return self._compiled[name]
 
     def _tokenizer_loss(self) -> tuple[th.Tensor, Logs]:
         samples = self.replay_buffer.sample(self.tokenizer_batch_size, 1, self._rng)

@@ -4,6 +4,7 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 from torch import nn
@@ -176,6 +177,7 @@ def test_whole_run(tmp_path, compile: bool | str) -> None:
 
 def test_same_seed_same_run() -> None:
     with_graph = [make(compile="auto", seed=3).learn(24) for _ in range(2)]
+    assert np.array_equal(with_graph[0].replay_buffer.actions, with_graph[1].replay_buffer.actions)
     for name, ours in parameters(with_graph[0]).items():
         th.testing.assert_close(parameters(with_graph[1])[name], ours, rtol=1e-3, atol=1e-3)
 
@@ -198,8 +200,7 @@ def test_what_cannot_be_recorded_runs_plainly() -> None:
     }
     for network in NETWORKS:
         kwargs |= {f"{network}_learning_starts": 4, f"{network}_gradient_steps": 1, f"{network}_batch_size": 3}
-    policy_kwargs = {**SIZES}
-    model = IRIS(WaitingPolicy, FrameEnv(), policy_kwargs=policy_kwargs, sequence_length=4, imagination_horizon=3, **kwargs)
+    model = IRIS(WaitingPolicy, FrameEnv(), policy_kwargs=SIZES, sequence_length=4, imagination_horizon=3, **kwargs)
     with pytest.warns(UserWarning, match="Imagination goes on without a CUDA graph"):
         model.learn(8)
     before = parameters(model)
