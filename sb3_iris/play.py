@@ -4,6 +4,10 @@ Play the learned game in a window::
     python -m sb3_iris.play model.zip --env ALE/Breakout-v5
     python -m sb3_iris.play model.zip --env benchmarks.minatar_env:make_minatar --env-kwargs game=Breakout --agent
 
+or, without a screen, write a video of it::
+
+    python -m sb3_iris.play model.zip --env ALE/Breakout-v5 --real --agent --record breakout.gif
+
 The environment gives the keys and the frames that games start from. Escape closes the window.
 """
 
@@ -20,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.iris import IRIS
 from sb3_iris.policies import RecurrentState
-from sb3_iris.visualization import with_text
+from sb3_iris.visualization import SHORTEST_SIDE, with_text, write_video
 from sb3_iris.world_model_env import WorldModelEnv, digit_keys, reconstruct, to_images, to_rgb
 
 
@@ -125,13 +129,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fps", type=int, default=10, help="steps per second (default: %(default)s)")
     parser.add_argument("--zoom", type=float, default=1.0, help="size of the window (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the world model's sampling (default: %(default)s)")
-    parser.add_argument("--max-episode-steps", type=int, default=1_000, help="of the learned game (default: %(default)s)")
+    parser.add_argument("--record", metavar="FILE", help="write one game as a video, .gif or .mp4, and open no window")
+    parser.add_argument(
+        "--max-episode-steps", type=int, default=1_000, help="of the learned game, and in a video (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, help="makes what happens reproducible")
     parser.add_argument("--device", default="auto", help="where the networks are (default: %(default)s)")
     args = parser.parse_args(argv)
     pairs = [pair.partition("=") for pair in args.env_kwargs]
     if not all(separator for _, separator, _ in pairs):
         parser.error(f"--env-kwargs {' '.join(args.env_kwargs)}: write each as NAME=VALUE")
+    if args.record and not args.agent:
+        parser.error(f"--record {args.record}: without a window there are no keys, so add --agent")
     args.env_kwargs = {name: literal(value) for name, _, value in pairs}
     return args
 
@@ -161,20 +170,40 @@ def make_window(args: argparse.Namespace) -> tuple[Window, dict[Any, int]]:
             temperature=args.temperature,
             max_episode_steps=args.max_episode_steps,
         )
-    window = Window(env, model, real=args.real, agent=args.agent)
+    window = Window(env, model, args.real, args.agent, *([SHORTEST_SIDE] if args.record else []))
     if args.seed is not None:
         model.policy.seed(args.seed)
         window.reset(seed=args.seed)  # once: `play` would start all games from the same seed
     return window, keys
 
 
+def record(window: Window, max_steps: int) -> np.ndarray:
+    """
+    :param window: A game that the agent plays.
+    :param max_steps: Steps after which the video ends, if the game does not.
+    :return: What the window shows of one game, (T, height, width, 3) uint8.
+    """
+    window.reset()
+    frames, ended = [window.render()], False
+    while not ended and len(frames) <= max_steps:
+        _, _, terminated, truncated, _ = window.step(0)
+        frames.append(window.render())
+        ended = terminated or truncated
+    return np.stack(frames)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Open the window; returns when it is closed."""
+    """Open the window, and return when it is closed; or write a video."""
+    args = parse_args(argv)
+    if args.record:
+        window, _ = make_window(args)
+        write_video(args.record, record(window, args.max_episode_steps), args.fps)
+        print(f"Wrote {args.record}: return {window.total:.3g}")
+        return
     try:
         import pygame  # noqa: F401
     except ImportError as error:
         raise SystemExit("Playing needs the package pygame-ce: pip install 'sb3_iris[extra]'") from error
-    args = parse_args(argv)
     window, keys = make_window(args)
     from gymnasium.utils.play import play
 

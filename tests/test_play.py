@@ -1,16 +1,18 @@
 """Playing in a window: what it shows, which keys it takes, and the command itself on a screen that is not there."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import imageio.v3
 import numpy as np
 import pytest
 
-from sb3_iris import play
+from sb3_iris import IRIS, play
 from sb3_iris.visualization import with_text
 from sb3_iris.world_model_env import WorldModelEnv, reconstruct
-from tests.corridor import Corridor, corridor_frame, learned_model, position_in
+from tests.corridor import LENGTH, Corridor, corridor_frame, learned_model, position_in
 from tests.presets import FrameEnv
 
 COMMAND = ("--env", "tests.corridor:Corridor", "--seed", "0", "--device", "cpu", "--temperature", "0")
@@ -116,6 +118,26 @@ def test_arguments(capsys):
     with pytest.raises(SystemExit):
         play.parse_args(["m.zip", "--env", "x", "--env-kwargs", "game"])
     assert "NAME=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("max_steps", [1000, 1])
+def test_record(path, monkeypatch, capsys, max_steps):
+    """Without a screen: the real game until its end, or until there are as many steps as wanted."""
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    monkeypatch.setattr(IRIS, "predict", lambda *args: (np.int64(1), None))
+    video = Path(path).with_name("game.gif")
+    play.main([path, *COMMAND, "--real", "--agent", "--record", str(video), "--max-episode-steps", str(max_steps)])
+    frames = imageio.v3.imread(video)
+    positions = [position_in(frame[:128:16, :128:16].transpose(2, 0, 1)) for frame in frames[:-1]]
+    assert positions == list(range(positions[0], LENGTH))[:max_steps]
+    assert frames.shape == (len(positions) + 1, 128 + 32, 256, 3)
+    assert capsys.readouterr().out == f"Wrote {video}: return {int(max_steps >= LENGTH - positions[0])}\n"
+
+
+def test_record_wants_an_agent(capsys):
+    with pytest.raises(SystemExit):
+        play.parse_args(["m.zip", "--env", "x", "--record", "game.gif"])
+    assert "--record game.gif: without a window there are no keys, so add --agent" in capsys.readouterr().err
 
 
 def test_model_of_other_images(path):
