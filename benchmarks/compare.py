@@ -11,8 +11,8 @@ IRIS against PPO, DQN, QR-DQN and RecurrentPPO: the same environment, number of 
     python benchmarks/compare.py --algos iris --set policy_kwargs.actor_critic_input=frames --out runs/frames
 
 Writes ``compare.md`` and the curves into ``--out``, and what each run logs into the run's ``progress.csv``. The same command
-goes on after an interruption: finished runs stay, others begin anew. ``--report`` writes the report of what is there and runs
-nothing.
+goes on after an interruption: finished runs and trained models stay, others begin anew. ``--report`` writes the report of what
+is there and runs nothing.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
@@ -60,6 +61,7 @@ PLAYERS = (*ALGOS, "random")
 OURS = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "sign_rewards")  # not the constructor's
 MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 EVALUATION_SEED = 1_000_000
+EVALUATION_ENVS = 10  # games at once
 
 
 class MinAtarCnn(BaseFeaturesExtractor):
@@ -89,6 +91,22 @@ class SignRewards(VecEnvWrapper):
     def step_wait(self) -> Any:
         obs, rewards, dones, infos = self.venv.step_wait()
         return obs, np.sign(rewards), dones, infos
+
+
+class RandomPlayer:
+    """
+    Uniformly random actions, with the ``predict`` of SB3's models.
+
+    :param action_space: Of one environment.
+    :param seed: Seed of the actions.
+    """
+
+    def __init__(self, action_space: spaces.Space, seed: int) -> None:
+        self.action_space = action_space
+        self.action_space.seed(seed)
+
+    def predict(self, observation: np.ndarray, state: Any = None, *args: Any, **kwargs: Any) -> tuple[np.ndarray, None]:
+        return np.array([self.action_space.sample() for _ in observation]), None
 
 
 class Progress(BaseCallback):
@@ -185,28 +203,35 @@ def play(run: runs.Run, device: str = "auto") -> None:
     """
     spec, data = run.spec, run.data
     env, algo, config = spec["env"], spec["agent"], dict(spec["config"])
-    data.update(status="training", steps=0, training_games=[], evaluation_games=[], seconds={})
-    run.save()
-    began = time.monotonic()
-    model = train(run, config, device) if algo in ALGOS else None
-    data["seconds"]["training"] = time.monotonic() - began
-    data["status"] = "evaluating"
-    run.save()
+    model: BaseAlgorithm | None = None
+    if algo in ALGOS and data["status"] == "evaluating":  # it was interrupted there
+        model = ALGOS[algo].load(run.folder / "model.zip", device=device)
+    else:
+        data.update(status="training", steps=0, training_games=[], evaluation_games=[], seconds={})
+        run.save()
+        began = time.monotonic()
+        model = train(run, config, device) if algo in ALGOS else None
+        data["seconds"]["training"] = time.monotonic() - began
+        data["status"] = "evaluating"
+        run.save()
 
     began = time.monotonic()
-    eval_env = make_env(env, 1, EVALUATION_SEED + spec["seed"] * 1000, True, config.get("frame_stack", 1))
-    eval_env.action_space.seed(spec["seed"])
-    obs, state, start = eval_env.reset(), None, np.ones(1, dtype=bool)
-    while len(data["evaluation_games"]) < spec["eval_games"]:
-        if model is None:
-            action = np.array([eval_env.action_space.sample()])
-        else:
-            action, state = model.predict(obs, state, start, deterministic=False)  # type: ignore[arg-type, assignment]
-        obs, _, start, infos = eval_env.step(action)
-        if "episode" in infos[0]:
-            episode = infos[0]["episode"]
-            data["evaluation_games"].append({"score": float(episode["r"]), "frames": int(episode["l"])})
-            run.save(at_most_every=10)
+    n_games = spec["eval_games"]
+    n_envs, seed = min(EVALUATION_ENVS, n_games), EVALUATION_SEED + spec["seed"] * 1000
+    eval_env = make_env(env, n_envs, seed, True, config.get("frame_stack", 1))
+    player = model or RandomPlayer(eval_env.action_space, spec["seed"])
+    if model is not None:
+        model.set_random_seed(seed)  # the same games whether it has just been trained or was loaded
+
+    def note(scores: list[float], frames: list[int]) -> None:
+        games = zip(scores, frames, strict=True)
+        data["evaluation_games"] = [{"score": float(score), "frames": int(length)} for score, length in games]
+
+    def progress(variables: dict[str, Any], _: dict[str, Any]) -> None:
+        note(variables["episode_rewards"], variables["episode_lengths"])
+        run.save(at_most_every=10)
+
+    note(*evaluate_policy(player, eval_env, n_games, False, callback=progress, return_episode_rewards=True))  # type: ignore[arg-type, misc]
     eval_env.close()
     data["seconds"]["evaluation"] = time.monotonic() - began
     data["score"] = float(np.mean([game["score"] for game in data["evaluation_games"]]))

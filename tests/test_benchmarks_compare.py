@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stable_baselines3.common.evaluation import evaluate_policy
 import yaml
 
 from benchmarks import compare, runs
@@ -43,20 +44,54 @@ def test_every_algorithm(tmp_path: Path, algo: str) -> None:
         assert compare.ALGOS[algo].load(tmp_path / "model.zip")._n_updates > 0 or algo in ("ppo", "recurrent_ppo")
 
 
+@pytest.mark.parametrize("algo", ["iris", "dqn", "recurrent_ppo"])
+def test_evaluation_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str) -> None:
+    """Interrupted in the evaluation, a run is not trained again, and plays the games that it would have played anyway."""
+    config = {"learning_starts": 100} if algo == "dqn" else {}
+    results = []
+    for folder in (tmp_path / "whole", tmp_path / "interrupted"):
+        runs.create({folder: spec(algo, **config) | {"eval_games": 12}})
+        if folder.name == "interrupted":
+            with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+                context.setattr(compare, "evaluate_policy", stop_halfway)
+                runs.work(folder, "benchmarks.compare:play", {"device": "cpu"})
+            assert runs.read(folder)["status"] == "evaluating"
+            monkeypatch.setattr(compare, "train", None)
+        runs.work(folder, "benchmarks.compare:play", {"device": "cpu"})
+        results.append(runs.read(folder))
+    whole, interrupted = results
+    assert whole["evaluation_games"] == interrupted["evaluation_games"] and len(whole["evaluation_games"]) == 12
+    assert interrupted["status"] == "done" and interrupted["steps"] == 240 and len(interrupted["training_games"]) > 3
+
+
+def stop_halfway(*args: Any, callback: Any, **kwargs: Any) -> None:
+    """In place of SB3's evaluation, which it stops after five games."""
+
+    def stop(variables: dict[str, Any], everywhere: dict[str, Any]) -> None:
+        callback(variables, everywhere)
+        if len(variables["episode_rewards"]) == 5:
+            raise KeyboardInterrupt
+
+    evaluate_policy(*args, **kwargs | {"callback": stop})
+
+
 def test_random_play(tmp_path: Path) -> None:
     """What it scores is what the same actions score in the same games; nothing is trained."""
     runs.create({tmp_path: spec("random") | {"seed": 3}})
     runs.work(tmp_path, "benchmarks.compare:play", {"device": "cpu"})
     data = runs.read(tmp_path)
-    env = compare.make_env("MinAtar/Breakout", 1, compare.EVALUATION_SEED + 3000, evaluation=True)
+    env = compare.make_env("MinAtar/Breakout", 2, compare.EVALUATION_SEED + 3000, evaluation=True)
     env.action_space.seed(3)
     env.reset()
-    scores: list[float] = []
+    scores: dict[int, float] = {}  # of the first game of each of two, in the order in which they end
     while len(scores) < 2:
-        _, _, _, infos = env.step(np.array([env.action_space.sample()]))
-        scores += [info["episode"]["r"] for info in infos if "episode" in info]
+        _, _, _, infos = env.step(np.array([env.action_space.sample() for _ in range(2)]))
+        for n, info in enumerate(infos):
+            if "episode" in info:
+                scores.setdefault(n, info["episode"]["r"])
     assert data["status"] == "done" and data["steps"] == 0
-    assert [game["score"] for game in data["evaluation_games"]] == scores and data["score"] == np.mean(scores)
+    assert [game["score"] for game in data["evaluation_games"]] == list(scores.values())
+    assert data["score"] == np.mean(list(scores.values()))
     assert not (tmp_path / "model.zip").exists()
 
 
