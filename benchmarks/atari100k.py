@@ -40,6 +40,7 @@ import numpy as np
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import LinearSchedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -83,6 +84,15 @@ def settings(preset: str, game: str) -> dict[str, Any]:
     :return: Arguments of ``IRIS``.
     """
     return {name: value for name, value in section(preset, game).items() if name not in FOR_THE_ZOO}
+
+
+def with_schedules(config: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param config: Settings in which ``lin_RATE``, as in the RL Zoo, is a value that falls from RATE to zero.
+    :return: The same with schedules in place of those words.
+    """
+    words = {name: value for name, value in config.items() if isinstance(value, str) and value.startswith("lin_")}
+    return config | {name: LinearSchedule(float(word.removeprefix("lin_")), 0.0, 1.0) for name, word in words.items()}
 
 
 def make_spec(args: argparse.Namespace, game: str, seed: int) -> dict[str, Any]:
@@ -148,12 +158,14 @@ def play(run: runs.Run, device: str = "auto", checkpoint_every: int = 5_000) -> 
 def train(run: runs.Run, device: str, checkpoint_every: int) -> None:
     """From the last checkpoint, if there is one, to ``model.zip``."""
     spec, data = run.spec, run.data
+    config = with_schedules(spec["config"])
     env = make_atari_env(spec["game"], seed=spec["seed"] * SEED_STRIDE)
     checkpoints = run.folder / "checkpoints"
     if find_checkpoints(checkpoints):
-        model = IRIS.resume(checkpoints, env, device=device)
+        schedules = {name: value for name, value in config.items() if callable(value)}  # these are in no checkpoint
+        model = IRIS.resume(checkpoints, env, device=device, **schedules)
     else:
-        model = IRIS("CnnPolicy", env, seed=spec["seed"], device=device, verbose=1, **spec["config"])
+        model = IRIS("CnnPolicy", env, seed=spec["seed"], device=device, verbose=1, **config)
     steps = model.num_timesteps
     # What came after the checkpoint is played again
     data["training_games"] = [game for game in data.get("training_games", []) if game["step"] <= steps]
@@ -212,7 +224,7 @@ def projected_hours(spec: dict[str, Any], device: str) -> float:
     :return: Hours of the whole run.
     """
     names = ("tokenizer", "world_model", "actor_critic")
-    config = dict(spec["config"])
+    config = with_schedules(spec["config"])
     on_cpu = IRIS("CnnPolicy", make_atari_env(spec["game"]), device=device, **_shrunk(config)).device.type == "cpu"
     shares = {name: max(config[f"{name}_batch_size"] // 8, 1) if on_cpu else config[f"{name}_batch_size"] for name in names}
     small = _shrunk(config) | {f"{name}_batch_size": shares[name] for name in names}

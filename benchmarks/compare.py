@@ -35,7 +35,6 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecTransposeImage
 from torch import nn
 
@@ -252,10 +251,7 @@ def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
     env, algo = spec["env"], spec["agent"]
     stack, sign = config.get("frame_stack", 1), config.get("sign_rewards", False)
     vec_env = make_env(env, config["n_envs"], spec["seed"] * 1000, False, stack, sign)
-    kwargs = {name: value for name, value in config.items() if name not in OURS}
-    for name in ("learning_rate", "clip_range"):
-        if isinstance(kwargs.get(name), str):
-            kwargs[name] = LinearSchedule(float(kwargs[name].removeprefix("lin_")), 0.0, 1.0)
+    kwargs = atari100k.with_schedules({name: value for name, value in config.items() if name not in OURS})
     if algo != "iris" and env.startswith("MinAtar/"):
         kwargs["policy_kwargs"] = {"features_extractor_class": MinAtarCnn, **kwargs.get("policy_kwargs", {})}
     make: Callable[..., BaseAlgorithm] = ALGOS[algo]

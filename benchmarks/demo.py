@@ -24,9 +24,9 @@ import yaml
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
+from benchmarks.atari100k import with_schedules
 from benchmarks.minatar_env import make_minatar
 from sb3_iris import IRIS
 from sb3_iris.visualization import compare, comparison_video, reconstruction_grid, with_text, write_video
@@ -106,7 +106,7 @@ def main() -> None:
     settings = yaml.safe_load((ROOT / "benchmarks" / "hyperparams" / "iris.yml").read_text())[f"MinAtar/{GAME}-v1"]
     n_envs, n_timesteps = settings.pop("n_envs"), args.n_timesteps or settings.pop("n_timesteps")
     settings = {name: value for name, value in settings.items() if name not in ("env_wrapper", "env_kwargs", "n_timesteps")}
-    settings["learning_rate"] = LinearSchedule(float(settings["learning_rate"].removeprefix("lin_")), 0.0, 1.0)
+    settings = with_schedules(settings)
     folder = ROOT / "runs" / f"demo-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stable_baselines3.common.evaluation import evaluate_policy
 import yaml
+from stable_baselines3.common.evaluation import evaluate_policy
 
 from benchmarks import compare, runs
 

@@ -32,10 +32,10 @@ def main(*arguments: str) -> Any:
         return atari100k.main()
 
 
-def one_run(folder: Path, steps: int = 60, eval_games: int = 1) -> Path:
+def one_run(folder: Path, steps: int = 60, eval_games: int = 1, **config: Any) -> Path:
     """A folder ready to be worked on."""
     spec = {"benchmark": "atari100k", "agent": "IRIS", "game": "Kangaroo", "seed": 0, "preset": "smoke", "steps": steps}
-    spec |= {"eval_games": eval_games, "config": atari100k.settings("smoke", "Kangaroo")}
+    spec |= {"eval_games": eval_games, "config": atari100k.settings("smoke", "Kangaroo") | config}
     runs.create({folder: spec})
     return folder
 
@@ -108,8 +108,11 @@ def test_run_is_recorded(tmp_path: Path) -> None:
 
 
 def test_goes_on_after_each_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted by an exception after every checkpoint, a run makes each step and each training phase once."""
-    folder = one_run(tmp_path / "run")
+    """
+    Interrupted by an exception after every checkpoint, a run makes each step and each training phase once, and its learning
+    rate falls to zero as if nothing had happened.
+    """
+    folder = one_run(tmp_path / "run", learning_rate="lin_2e-3")
     positions = []
 
     class SaveAndStop(RunCheckpointCallback):
@@ -129,6 +132,8 @@ def test_goes_on_after_each_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
     assert [session.get("from_step") for session in data["sessions"]] == [0, 20, 40, 60, 60, 60]
     model = IRIS.load(folder / "model.zip")
     assert model.num_timesteps == 60 and model._n_updates == 3 * (3 + 2)
+    assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [2e-3, 1e-3, 0.0]
+    assert model.policy.tokenizer_optimizer.param_groups[0]["lr"] == 0.0
 
 
 def test_interrupted_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
