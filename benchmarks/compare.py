@@ -202,7 +202,7 @@ def play(run: runs.Run, device: str = "auto") -> None:
     """
     spec, data = run.spec, run.data
     env, algo, config = spec["env"], spec["agent"], dict(spec["config"])
-    model: BaseAlgorithm | None = None
+    model: BaseAlgorithm | None
     if algo in ALGOS and data["status"] == "evaluating":  # it was interrupted there
         model = ALGOS[algo].load(run.folder / "model.zip", device=device)
     else:
