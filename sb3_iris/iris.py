@@ -23,6 +23,7 @@ from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.checkpoint_callback import RunCheckpointCallback
 from sb3_iris.checkpoints import FolderLock, LearnProgress
 from sb3_iris.compilation import Compiled, compiles
+from sb3_iris.exploration import Exploration
 from sb3_iris.held_out import HeldOut
 from sb3_iris.imagination import ImaginedGame, imagine
 from sb3_iris.imagination_graph import ImaginationGraph
@@ -93,6 +94,9 @@ class IRIS(SavingAlgorithm):
     :param world_model_recent_share: Share of the world model's segments that begin in the last two collections, in [0, 1]; the
         paper's is 0.
     :param actor_critic_recent_share: The same of the imagined trajectories.
+    :param repeat_exploration: Whether a random action of collection is held for n steps, with a probability that falls with n
+        squared (temporally-extended epsilon-greedy, https://arxiv.org/abs/2006.01782); the paper takes it once. For games
+        whose rewards a random walk does not come to. ``exploration_rate`` is then how often such a stretch begins.
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
         ``predict`` and collection are always in float32.
@@ -148,6 +152,7 @@ class IRIS(SavingAlgorithm):
         uniform_replay: bool = False,
         world_model_recent_share: float = 0.0,
         actor_critic_recent_share: float = 0.0,
+        repeat_exploration: bool = False,
         amp: str | None = "auto",
         compile: bool | str = "auto",
         _init_setup_model: bool = True,
@@ -198,6 +203,7 @@ class IRIS(SavingAlgorithm):
         self.uniform_replay = uniform_replay
         self.world_model_recent_share = world_model_recent_share
         self.actor_critic_recent_share = actor_critic_recent_share
+        self.repeat_exploration = repeat_exploration
         self.amp = amp
         self.compile = compile
         self._compiled: dict[str, Compiled] = {}
@@ -233,6 +239,7 @@ class IRIS(SavingAlgorithm):
             print("Training in mixed precision, bfloat16 (amp)")
         if self.verbose >= 1 and self.policy.actor_critic.sees_codes:
             print("The actor-critic sees codes, not decoded frames as in the paper (actor_critic_input in policy_kwargs)")
+        self._exploration = Exploration(self.n_envs)
         saved = getattr(self, "replay_buffer", None)  # only when loading, after `save(..., include=["replay_buffer"])`
         if saved is not None and saved.n_envs == self.n_envs:
             saved.to(self.device)
@@ -291,8 +298,9 @@ class IRIS(SavingAlgorithm):
             keep = th.as_tensor(~episode_starts, dtype=th.float32, device=self.device).unsqueeze(-1)
             logits, state = self.policy.act(obs, LSTMState(state.hidden * keep, state.cell * keep))
             actions = sample_categorical(logits, self.temperature).cpu().numpy()
-            explore = self._rng.random(self.n_envs) < self.exploration_rate
-            actions = np.where(explore, self._rng.integers(logits.shape[1], size=self.n_envs), actions)
+            actions = self._exploration(
+                actions, episode_starts, logits.shape[1], self.exploration_rate, self.repeat_exploration, self._rng
+            )
 
             new_obs, rewards, dones, infos = self.env.step(actions)
             if self._vec_normalize_env is not None:

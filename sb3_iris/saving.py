@@ -108,7 +108,7 @@ class SavingAlgorithm(BaseAlgorithm):
             "_progress_bar",
             "_checkpoint_lock",
         ]
-        of_this_call = ["_learn_progress", "_resumed", "_run_checkpoints", "_held_out", "_collapse_warnings"]
+        of_this_call = ["_learn_progress", "_resumed", "_run_checkpoints", "_held_out", "_collapse_warnings", "_exploration"]
         return [*super()._excluded_save_params(), *of_this_process, *of_this_call]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

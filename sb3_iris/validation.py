@@ -162,7 +162,7 @@ def check_hyperparameters(model: "IRIS") -> None:
     seed = model.seed
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32):
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}, or None")
-    for name in ("ignore_after_end", "uniform_replay"):
+    for name in ("ignore_after_end", "uniform_replay", "repeat_exploration"):
         value = getattr(model, name)
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be True or False")

@@ -8,6 +8,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_iris import IRIS
+from sb3_iris.exploration import Exploration
 from sb3_iris.type_aliases import LSTMState
 from tests.presets import NO_TRAINING, FrameEnv, decided, frame_env, frame_envs, steps_in_buffer, tiny
 
@@ -170,3 +171,31 @@ def test_exploration():
     model.replay_buffer.reset()
     model.learn(50)
     assert (model.replay_buffer.actions[:50] == 1).all()
+
+
+def test_repeated_exploration():
+    """A random action is held for n steps, n with probability 6 / (pi n)^2, then the policy goes on; no end is passed."""
+    n_envs, never = 40_000, -1
+    explore, rng, policy = Exploration(n_envs), np.random.default_rng(0), np.full(n_envs, never)
+    running, begun = np.zeros(n_envs, dtype=bool), np.ones(n_envs, dtype=bool)
+    steps = [explore(policy, begun, 10**9, 0.5, True, rng)]
+    steps += [explore(policy, running, 10**9, 0.0, True, rng) for _ in range(3)]
+    held = np.array([(step != never).mean() for step in steps])
+    left_out = np.cumsum([0.0, 1.0, 1 / 4, 1 / 9]) * 6 / np.pi**2
+    np.testing.assert_allclose(held, 0.5 * (1 - left_out), atol=4.5 * 0.5 / np.sqrt(n_envs))
+    assert all((later[later != never] == steps[0][later != never]).all() for later in steps)
+    assert (explore(policy, begun, 10**9, 0.0, True, rng) == never).all()
+
+
+@pytest.mark.parametrize("length", [None, 1])
+@pytest.mark.parametrize("train_freq", [4, 800])
+def test_repeated_exploration_in_collection(length, train_freq):
+    """It goes on over training phases, and ends with the episode: with episodes of one step it is the plain one."""
+    envs = frame_envs(4, length=length)
+    model = tiny(envs, exploration_rate=1.0, repeat_exploration=True, train_freq=train_freq, **NO_TRAINING).learn(800)
+    actions = model.replay_buffer.actions[:200]
+    changes = (actions[1:] != actions[:-1]).mean()  # two of three new actions are others
+    if length == 1:
+        assert abs(changes - 2 / 3) < 4.5 * np.sqrt(2 / 9 / 796)
+    else:
+        assert 0.02 < changes < 1 / 3
