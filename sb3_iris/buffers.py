@@ -14,7 +14,7 @@ Vectorised environments reset by themselves, so the frame after an episode's las
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch as th
@@ -42,6 +42,18 @@ def seen_bytes(device: th.device) -> int:
     if device.type == "cuda":
         return min(2**32, th.cuda.get_device_properties(device).total_memory // 4)
     return 2**30
+
+
+class Starts(NamedTuple):
+    """How many segments of a batch begin at particular steps, rather than anywhere in the buffer."""
+
+    n_recent: int = 0  # in the last steps, all of which are drawn alike
+    recent_steps: int = 1  # how many of each environment those are
+    n_rewarded: int = 0  # before a reward that is not 0, all of which are drawn alike; anywhere as long as there is none
+    reward_within: int = 1  # steps from the first step, in which it comes, that one included
+
+
+EVERYWHERE = Starts()
 
 
 class SequenceReplayBuffer(BaseBuffer):
@@ -87,6 +99,7 @@ class SequenceReplayBuffer(BaseBuffer):
         self.n_added = 0  # steps of each environment since the last reset; step i lies in row i % buffer_size
         self.stored: Any = None  # what a checkpoint folder already has of the frames, see `checkpoints.py`
         self._episodes: np.ndarray | None = None  # (episodes, 3) int64, see `episodes`; None once it is out of date
+        self._rewarded: np.ndarray | None = None  # (n, 2) int64, see `rewarded`; the same
         self._make_caches()
 
     def _make_caches(self) -> None:
@@ -106,7 +119,7 @@ class SequenceReplayBuffer(BaseBuffer):
         super().reset()
         self.n_added = 0
         self.stored = None
-        self._episodes = None
+        self._episodes = self._rewarded = None
         self.forget_tokens()
 
     def add(  # type: ignore[override]
@@ -134,7 +147,7 @@ class SequenceReplayBuffer(BaseBuffer):
         self.terminations[self.pos] = terminated
         self.truncations[self.pos] = truncated
         self.episode_starts[self.pos] = episode_start
-        self._episodes = None
+        self._episodes = self._rewarded = None
         for cache in (self._tokens, self._seen):
             cache.forget(self.pos * self.n_envs, (self.pos + 1) * self.n_envs)
         self._set_n_added(self.n_added + 1)
@@ -160,6 +173,17 @@ class SequenceReplayBuffer(BaseBuffer):
             self._episodes = np.stack([envs, firsts, lasts - firsts], axis=1)
         return self._episodes
 
+    @property
+    def rewarded(self) -> np.ndarray:
+        """
+        Steps with a reward that is not 0.
+
+        :return: (n, 2) int64: environment, step counted from the oldest one in the buffer.
+        """
+        if self._rewarded is None:
+            self._rewarded = np.argwhere(self._in_order(self.rewards).T)
+        return self._rewarded
+
     def sample(  # type: ignore[override]
         self, batch_size: int, sequence_length: int, rng: np.random.Generator, pad_left: bool = False
     ) -> SequenceSamples:
@@ -182,8 +206,7 @@ class SequenceReplayBuffer(BaseBuffer):
         sequence_length: int,
         rng: np.random.Generator,
         encode: Encode,
-        n_recent: int = 0,
-        recent_steps: int = 1,
+        starts: Starts = EVERYWHERE,
     ) -> TokenSamples:
         """
         Sample segments as ``sample`` does, with the tokens of the frames in place of the frames. A frame is encoded when it
@@ -193,11 +216,10 @@ class SequenceReplayBuffer(BaseBuffer):
         :param sequence_length: Steps in a segment T.
         :param rng: Random stream of the draws.
         :param encode: Gives the tokens of frames, (n, C, H, W) uint8 to (n, K) int64.
-        :param n_recent: How many of the segments begin in the last steps, all of which are drawn alike.
-        :param recent_steps: How many steps of each environment those are.
+        :param starts: Which of the segments begin at particular steps.
         :return: The segments, on the buffer's device.
         """
-        steps, envs, mask = self._draw(batch_size, sequence_length, rng, False, n_recent, recent_steps)
+        steps, envs, mask = self._draw(batch_size, sequence_length, rng, False, starts)
         rows = self._locate(steps, mask)
         tokens = self._scatter(self._get_tokens((rows * self.n_envs + envs[:, None])[mask], encode), mask)
         return TokenSamples(tokens.long(), *self._outcomes(rows, envs, mask))
@@ -209,8 +231,7 @@ class SequenceReplayBuffer(BaseBuffer):
         rng: np.random.Generator,
         encode: Encode,
         observe: Observe,
-        n_recent: int = 0,
-        recent_steps: int = 1,
+        starts: Starts = EVERYWHERE,
     ) -> ContextSamples:
         """
         Sample frames to imagine from, as ``sample`` draws last steps with ``pad_left``, and what the actor-critic sees of the
@@ -222,11 +243,10 @@ class SequenceReplayBuffer(BaseBuffer):
         :param rng: Random stream of the draws.
         :param encode: Gives the tokens of frames, (n, C, H, W) uint8 to (n, K) int64.
         :param observe: Gives what the actor-critic sees, (n, K) int64 to (n, C, H, W) float32.
-        :param n_recent: How many of the frames are drawn from the last steps alone, all of which are drawn alike.
-        :param recent_steps: How many steps of each environment those are.
+        :param starts: Which of the frames are those of particular steps.
         :return: The frames, on the buffer's device.
         """
-        steps, envs, mask = self._draw(batch_size, burn_in + 1, rng, True, n_recent, recent_steps)
+        steps, envs, mask = self._draw(batch_size, burn_in + 1, rng, True, starts)
         indices = self._locate(steps, mask) * self.n_envs + envs[:, None]
 
         def see(frames: np.ndarray) -> th.Tensor:
@@ -269,25 +289,31 @@ class SequenceReplayBuffer(BaseBuffer):
         sequence_length: int,
         rng: np.random.Generator,
         pad_left: bool,
-        n_recent: int = 0,
-        recent_steps: int = 1,
+        starts: Starts = EVERYWHERE,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps of segments, (B, T), counted from the oldest one in the buffer, their environments (B,) and mask (B, T)."""
         if self.size() == 0:
             raise ValueError("The replay buffer is empty: there is nothing to sample, call add() first")
-        n = batch_size - n_recent
+        n_rewarded = starts.n_rewarded if len(self.rewarded) else 0
+        n = batch_size - starts.n_recent - n_rewarded
         if self.uniform:
             envs, drawn = rng.integers(self.n_envs, size=n), rng.integers(self.size(), size=n)
         else:
             envs, firsts, lengths = self.episodes[rng.integers(len(self.episodes), size=n)].T
             drawn = firsts + rng.integers(lengths)
-        if n_recent:
-            oldest = max(self.size() - recent_steps, 0)
-            envs = np.append(envs, rng.integers(self.n_envs, size=n_recent))
-            drawn = np.append(drawn, rng.integers(oldest, self.size(), size=n_recent))
+        if starts.n_recent:
+            oldest = max(self.size() - starts.recent_steps, 0)
+            envs = np.append(envs, rng.integers(self.n_envs, size=starts.n_recent))
+            drawn = np.append(drawn, rng.integers(oldest, self.size(), size=starts.n_recent))
+        if n_rewarded:
+            rewarded = self.rewarded[rng.integers(len(self.rewarded), size=n_rewarded)]
+            envs, drawn = np.append(envs, rewarded[:, 0]), np.append(drawn, rewarded[:, 1])
         # Episodes are in the order of their environments, then of time
         begins = self.episodes[:, 0] * self.size() + self.episodes[:, 1]
         _, firsts, lengths = self.episodes[np.searchsorted(begins, envs * self.size() + drawn, side="right") - 1].T
+        if n_rewarded:
+            earlier = drawn[-n_rewarded:] - rng.integers(starts.reward_within, size=n_rewarded)
+            drawn[-n_rewarded:] = np.maximum(earlier, firsts[-n_rewarded:])
         begin = drawn - sequence_length + 1 if pad_left else drawn
         steps = begin[:, None] + np.arange(sequence_length)
         mask = (steps >= firsts[:, None]) & (steps < (firsts + lengths)[:, None])
@@ -383,7 +409,7 @@ class SequenceReplayBuffer(BaseBuffer):
         if not np.isfinite(self.rewards[rows]).all():
             raise ValueError("it has rewards that are not finite")
         self._set_n_added(n_added)
-        self._episodes = None
+        self._episodes = self._rewarded = None
         self.forget_tokens()
 
     def blocks(self, first: int) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sb3_iris import atari_wrappers  # noqa: F401  (registers ale-py's games, so that their names can be given as env)
 from sb3_iris.actor_critic import actor_critic_loss, sample_categorical
-from sb3_iris.buffers import SequenceReplayBuffer
+from sb3_iris.buffers import SequenceReplayBuffer, Starts
 from sb3_iris.checkpoint_callback import RunCheckpointCallback
 from sb3_iris.checkpoints import FolderLock, LearnProgress
 from sb3_iris.compilation import Compiled, compiles
@@ -94,6 +94,9 @@ class IRIS(SavingAlgorithm):
     :param world_model_recent_share: Share of the world model's segments that begin in the last two collections, in [0, 1]; the
         paper's is 0.
     :param actor_critic_recent_share: The same of the imagined trajectories.
+    :param rewarded_share: Share of the world model's segments with a reward in them, and of the imagined trajectories that
+        begin at most a horizon before a real one, in [0, 1]; the shares above are then of the rest. For games in which
+        rewards are rare. The paper's is 0.
     :param repeat_exploration: Whether a random action of collection is held for n steps, with a probability that falls with n
         squared (temporally-extended epsilon-greedy, https://arxiv.org/abs/2006.01782); the paper takes it once. For games
         whose rewards a random walk does not come to. ``exploration_rate`` is then how often such a stretch begins.
@@ -152,6 +155,7 @@ class IRIS(SavingAlgorithm):
         uniform_replay: bool = False,
         world_model_recent_share: float = 0.0,
         actor_critic_recent_share: float = 0.0,
+        rewarded_share: float = 0.0,
         repeat_exploration: bool = False,
         amp: str | None = "auto",
         compile: bool | str = "auto",
@@ -203,6 +207,7 @@ class IRIS(SavingAlgorithm):
         self.uniform_replay = uniform_replay
         self.world_model_recent_share = world_model_recent_share
         self.actor_critic_recent_share = actor_critic_recent_share
+        self.rewarded_share = rewarded_share
         self.repeat_exploration = repeat_exploration
         self.amp = amp
         self.compile = compile
@@ -411,15 +416,14 @@ class IRIS(SavingAlgorithm):
         return self.policy.tokenizer.encode(self.policy.to_frames(observations))
 
     def _world_model_loss(self) -> tuple[th.Tensor, Logs]:
-        samples = self.replay_buffer.sample_tokens(
-            self.world_model_batch_size, self.sequence_length, self._rng, self._encode, *self._recent("world_model")
-        )
+        batch_size, starts = self.world_model_batch_size, self._starts("world_model", self.sequence_length)
+        samples = self.replay_buffer.sample_tokens(batch_size, self.sequence_length, self._rng, self._encode, starts)
         return self._loss_of("world_model")(*samples)
 
     def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
-        policy, batch_size = self.policy, self.actor_critic_batch_size
+        policy, starts = self.policy, self._starts("actor_critic", self.imagination_horizon)
         contexts = self.replay_buffer.sample_contexts(
-            batch_size, self.burn_in, self._rng, self._encode, policy.observe, *self._recent("actor_critic")
+            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, policy.observe, starts
         )
         if self.device.type == "cuda" and self.compile:
             compile = compiles(self.compile, self.device)
@@ -429,10 +433,12 @@ class IRIS(SavingAlgorithm):
             trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
 
-    def _recent(self, name: str) -> tuple[int, int]:
-        """How many of a network's batch begin in the last two collections, and their steps of each environment."""
-        n_recent = round(getattr(self, f"{name}_recent_share") * getattr(self, f"{name}_batch_size"))
-        return n_recent, math.ceil(2 * self.train_freq / self.n_envs)
+    def _starts(self, name: str, reward_within: int) -> Starts:
+        """Where a network's batch begins, by the shares that are asked for; recent steps are those of two collections."""
+        batch_size, recent_share = getattr(self, f"{name}_batch_size"), getattr(self, f"{name}_recent_share")
+        n_rewarded = round(self.rewarded_share * batch_size)
+        n_recent = round(recent_share * (batch_size - n_rewarded))
+        return Starts(n_recent, math.ceil(2 * self.train_freq / self.n_envs), n_rewarded, reward_within)
 
     def learn(
         self: SelfIRIS,

@@ -146,7 +146,8 @@ def check_hyperparameters(model: "IRIS") -> None:
         raise ValueError(
             f"tokenizer_learning_stops={stops!r} must be a whole number above tokenizer_learning_starts={starts}, or None"
         )
-    for name in ("gamma", "gae_lambda", "exploration_rate", "world_model_recent_share", "actor_critic_recent_share"):
+    shares = ("world_model_recent_share", "actor_critic_recent_share", "rewarded_share")
+    for name in ("gamma", "gae_lambda", "exploration_rate", *shares):
         value = getattr(model, name)
         if not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise ValueError(f"{name}={value!r} must be a number in [0, 1]")

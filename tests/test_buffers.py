@@ -11,7 +11,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sb3_iris.buffers import SequenceReplayBuffer
+from sb3_iris.buffers import SequenceReplayBuffer, Starts
 from sb3_iris.type_aliases import SequenceSamples
 
 N_ACTIONS = 5
@@ -227,14 +227,14 @@ def test_frequencies_of_recent_frames(steps_per_env: int, recent_steps: int, uni
     def observe(tokens: th.Tensor) -> th.Tensor:
         return tokens.unflatten(1, (1, 1, -1)).float()
 
-    contexts = buffer.sample_contexts(n, burn_in, np.random.default_rng(0), encode, observe, n_recent, recent_steps)
+    contexts = buffer.sample_contexts(n, burn_in, np.random.default_rng(0), encode, observe, Starts(n_recent, recent_steps))
     envs, steps, _ = contexts.tokens.numpy().T
     kept = min(recent_steps, buffer.size())
     drawn, counts = np.unique(100 * envs[-n_recent:] + steps[-n_recent:], return_counts=True)
     assert drawn.tolist() == [100 * env + step for env in (1, 2) for step in range(40 - kept, 40)]
     assert_frequencies(counts, np.full(2 * kept, n_recent / (2 * kept)))
     assert len(np.unique(100 * envs[:-n_recent] + steps[:-n_recent])) == 2 * buffer.size()
-    segments = buffer.sample_tokens(n, 2, np.random.default_rng(0), encode, n_recent, recent_steps)
+    segments = buffer.sample_tokens(n, 2, np.random.default_rng(0), encode, Starts(n_recent, recent_steps))
     assert th.equal(segments.tokens[:, 0], contexts.tokens)  # of the same draws; these begin segments, those end contexts
     for row in range(0, n, 50):
         env, step, episode = contexts.tokens[row].tolist()
@@ -243,6 +243,66 @@ def test_frequencies_of_recent_frames(steps_per_env: int, recent_steps: int, uni
         ]
         assert contexts.mask[row].tolist() == [False] * (burn_in - len(before)) + [True] * len(before)
         assert contexts.seen[row][contexts.mask[row]].flatten(1).tolist() == [[env, t, episode] for t in before]
+
+
+@pytest.mark.parametrize("n_recent", [0, 500])
+@pytest.mark.parametrize("within", [1, 4])
+def test_frequencies_of_rewarded_frames(within: int, n_recent: int) -> None:
+    """
+    The last of the frames lie before rewards, all of which are drawn alike, and in the same episode: so the first step of an
+    episode is drawn more often. Without rewards all frames are alike.
+    """
+    history = play([[(20, False), (1, True), (7, False), (12, True)], [(5, True), (3, False), (30, True), (10, False)]], 40)
+    buffer = make_buffer(history, 25, uniform=True)  # steps 15 to 39 are left
+    rewarded = {(0, 16): -1.0, (0, 20): 1.0, (0, 22): 0.5, (1, 39): 2.0}
+    buffer.rewards[:] = 0
+    assert buffer.sample_tokens(500, 1, np.random.default_rng(0), tokens_of, Starts(0, 1, 500, within)).mask.all()
+    for (env, step), reward in rewarded.items():
+        buffer.rewards[step % 25, env] = reward
+    buffer._rewarded = None
+    assert [(env, step + 15) for env, step in buffer.rewarded.tolist()] == list(rewarded)
+    expected: dict[int, float] = {}
+    n, n_rewarded = 12_000, 10_000
+    for env, step in rewarded:
+        first = max(
+            t for t in range(15, step + 1) if t == 15 or episode_of(history[env], t) != episode_of(history[env], t - 1)
+        )
+        for ahead in range(within):
+            place = 100 * (env + 1) + max(step - ahead, first)
+            expected[place] = expected.get(place, 0.0) + n_rewarded / (within * len(rewarded))
+    segments = buffer.sample_tokens(n, 3, np.random.default_rng(0), tokens_of, Starts(n_recent, 9, n_rewarded, within))
+    envs, steps, _ = segments.tokens[:, 0].numpy().T
+    drawn, counts = np.unique(100 * envs[-n_rewarded:] + steps[-n_rewarded:], return_counts=True)
+    assert drawn.tolist() == sorted(expected)
+    assert_frequencies(counts, np.array([expected[place] for place in drawn]))
+    others = steps[:-n_rewarded]
+    assert len(others) == n - n_rewarded and (others[len(others) - n_recent :] >= 31).all() and others.min() == 15
+    contexts = buffer.sample_contexts(
+        n,
+        2,
+        np.random.default_rng(0),
+        tokens_of,
+        lambda tokens: tokens[:, None, None].float(),
+        Starts(n_recent, 9, n_rewarded, within),
+    )
+    assert th.equal(segments.tokens[:, 0], contexts.tokens)
+
+
+def tokens_of(observations: np.ndarray) -> th.Tensor:
+    """Environment, step and episode."""
+    return th.as_tensor(observations).flatten(1).long()
+
+
+def test_rewards_follow_the_ring() -> None:
+    """Steps with a reward are counted from the oldest step, also once the buffer is full, and not kept when it is reset."""
+    history = play([[(20, False)], [(7, True)]], 30)
+    buffer = make_buffer([steps[:0] for steps in history], 8)
+    for end in range(1, 31):
+        add(buffer, [steps[:end] for steps in history], end - 1)
+        rewards = buffer._in_order(buffer.rewards)
+        assert sorted(map(tuple, buffer.rewarded.tolist())) == sorted((n, t) for t, n in zip(*rewards.nonzero(), strict=True))
+    buffer.reset()
+    assert len(buffer.rewarded) == 0
 
 
 def test_truncation_is_not_a_termination() -> None:

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecFrameStack
 
 from sb3_iris import IRIS, CnnLstmPolicy
 from sb3_iris.atari_wrappers import make_atari_env
-from sb3_iris.buffers import SequenceReplayBuffer
+from sb3_iris.buffers import SequenceReplayBuffer, Starts
 from tests.presets import (
     NETWORKS,
     NO_TRAINING,
@@ -356,17 +356,29 @@ def test_frozen_tokenizer_stays_as_it_is() -> None:
     assert all(th.equal(old, new) for old, new in zip(trained, model.policy.tokenizer.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("share, n_envs, expected", [(0.0, 1, (0, 8)), (0.45, 1, (4, 8)), (1.0, 3, (8, 3))])
+@pytest.mark.parametrize(
+    "share, rewarded_share, n_envs, expected",
+    [
+        (0.0, 0.0, 1, (0, 8, 0)),
+        (0.45, 0.0, 1, (4, 8, 0)),
+        (1.0, 0.0, 3, (8, 3, 0)),
+        (1.0, 0.25, 3, (6, 3, 2)),
+        (0.5, 0.5, 1, (2, 8, 4)),
+        (0.5, 1.0, 1, (0, 8, 8)),
+    ],
+)
 @pytest.mark.parametrize("name, method", [("world_model", "sample_tokens"), ("actor_critic", "sample_contexts")])
-def test_recent_share(name, method, share, n_envs, expected, monkeypatch):
+def test_shares_of_a_batch(name, method, share, rewarded_share, n_envs, expected, monkeypatch):
     """Batches of eight; the last two collections are of four steps each, over all environments."""
     asked = []
     original = getattr(SequenceReplayBuffer, method)
 
     def sample(*args):
-        asked.append(args[-2:])
+        asked.append(args[-1])
         return original(*args)
 
     monkeypatch.setattr(SequenceReplayBuffer, method, sample)
-    tiny(frame_envs(n_envs), **{f"{name}_recent_share": share, f"{name}_batch_size": 8}).learn(8)
-    assert set(asked) == {expected}
+    settings = {f"{name}_recent_share": share, f"{name}_batch_size": 8, "rewarded_share": rewarded_share}
+    model = tiny(frame_envs(n_envs), sequence_length=3, imagination_horizon=5, **settings).learn(8)
+    within = model.sequence_length if name == "world_model" else model.imagination_horizon
+    assert set(asked) == {Starts(*expected, within)}

@@ -95,7 +95,14 @@ NO_INTEGERS = [1.5, 10.0, "10", None, NAN, INF, True, (5,)]
         *cases([*NOT_NEGATIVE, "burn_in", "final_training_epochs"], [-1, *NO_INTEGERS], "whole number of at least 0"),
         *cases(["sequence_length", "imagination_horizon"], [1, 0, -5, *NO_INTEGERS], "whole number of at least 2"),
         *cases(
-            ["gamma", "gae_lambda", "exploration_rate", "world_model_recent_share", "actor_critic_recent_share"],
+            [
+                "gamma",
+                "gae_lambda",
+                "exploration_rate",
+                "world_model_recent_share",
+                "actor_critic_recent_share",
+                "rewarded_share",
+            ],
             [-0.1, 1.001, NAN, INF, None, "0.9", [0.9]],
             r"in \[0, 1\]",
         ),
