@@ -294,7 +294,7 @@ class SequenceReplayBuffer(BaseBuffer):
         """Steps of segments, (B, T), counted from the oldest one in the buffer, their environments (B,) and mask (B, T)."""
         if self.size() == 0:
             raise ValueError("The replay buffer is empty: there is nothing to sample, call add() first")
-        n_rewarded = starts.n_rewarded if len(self.rewarded) else 0
+        n_rewarded = starts.n_rewarded if starts.n_rewarded and len(self.rewarded) else 0
         n = batch_size - starts.n_recent - n_rewarded
         if self.uniform:
             envs, drawn = rng.integers(self.n_envs, size=n), rng.integers(self.size(), size=n)
