@@ -38,7 +38,6 @@ from sb3_iris.compilation import compiles
 from sb3_iris.imagination import ImaginedGame
 from sb3_iris.imagination_graph import CastWorldModel, capture
 from sb3_iris.type_aliases import NETWORKS
-from sb3_iris.world_model import WorldModel
 
 GAME = "Pong"
 N_STEPS = 100_000  # of the game that is projected
@@ -176,18 +175,17 @@ class ImaginedSteps:
     def __call__(self) -> None:
         model = self.model
         if model.device.type != "cuda" or not model.compile:
-            self._play(model.policy.world_model)
+            self._play(ImaginedGame(lambda tokens: tokens, model.policy.world_model))
             return
         if self.graph is None:
             cast = CastWorldModel(model.policy.world_model, model._autocast_dtype, compiles(model.compile, model.device))
-            self.graph, _ = capture(lambda: self._play(cast.refresh()), model.device)
+            self.graph, _ = capture(lambda: self._play(cast.game(lambda tokens: tokens, cast.refresh())), model.device)
         self.graph.replay()
 
-    def _play(self, world_model: WorldModel) -> None:
+    def _play(self, game: ImaginedGame) -> None:
         model = self.model
         with model._autocast():
-            game = ImaginedGame(lambda tokens: tokens, world_model)
-            game.reset(th.zeros(self.batch_size, world_model.tokens_per_frame, dtype=th.int64, device=model.device))
+            game.reset(th.zeros(self.batch_size, game.world_model.tokens_per_frame, dtype=th.int64, device=model.device))
             actions = th.zeros(self.batch_size, dtype=th.int64, device=model.device)
             for t in range(model.imagination_horizon):
                 game.step(actions, predict_frame=t + 1 < model.imagination_horizon)

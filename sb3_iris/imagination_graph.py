@@ -7,8 +7,11 @@ its actions and all sampling.
 """
 
 import copy
+import functools
+import importlib
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch as th
@@ -21,6 +24,25 @@ from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, LSTMState
 from sb3_iris.world_model import WorldModel
 
 
+@functools.cache
+def _kernels(device: th.device) -> ModuleType | None:
+    """This package's kernels, if they work on a device; else None, with a warning if it is a GPU."""
+    if device.type != "cuda":
+        return None
+    try:
+        kernels = importlib.import_module("sb3_iris.imagination_kernels")
+        kernels.try_out(device)
+    except th.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"compile: imagination goes on with PyTorch's kernels, as those of this package do not work here: {reason}"
+        )
+        return None
+    return kernels
+
+
 class CastWorldModel:
     """
     A world model's copy whose linear layers have the weights to which autocast would cast those of the original, so that they
@@ -28,17 +50,22 @@ class CastWorldModel:
 
     :param original: The world model that is trained.
     :param dtype: Type that autocast casts to; None for none.
-    :param compile: Whether to compile what the blocks do to positions one by one.
+    :param compile: Whether blocks and token head are computed by this package's kernels, or, in float32 and where these do not
+        work, what the blocks do to positions one by one is compiled.
     """
 
     def __init__(self, original: WorldModel, dtype: th.dtype | None, compile: bool) -> None:
+        self.game: type[ImaginedGame] = ImaginedGame  # to be played in it
         self.world_model = copy.deepcopy(original).eval().requires_grad_(False)
         for module in self.world_model.modules():
             if dtype is not None and isinstance(module, nn.Linear):
                 module.to(dtype)
         tensors = (*self.world_model.parameters(), *self.world_model.buffers())
         self._pairs = list(zip(tensors, (*original.parameters(), *original.buffers()), strict=True))
-        if compile:
+        if compile and dtype is not None and (kernels := _kernels(tensors[0].device)) is not None:
+            kernels.use_in(self.world_model)
+            self.game = kernels.KernelGame
+        elif compile:
             for block in self.world_model.transformer.blocks:
                 for name in ("before_attention", "after_attention"):
                     setattr(block, name, Compiled(getattr(block, name)))
@@ -79,8 +106,11 @@ def capture(function: Callable[[], Any], device: th.device) -> tuple[th.cuda.CUD
                 th.cuda.set_sync_debug_mode(debug_mode)
             current.wait_stream(stream)
             graph = th.cuda.CUDAGraph()
+            # Memory that cuBLAS works in must be the graph's own: other memory is freed when PyTorch records graphs itself
+            th._C._cuda_clearCublasWorkspaces()
             with th.cuda.graph(graph):
                 result = function()
+            th._C._cuda_clearCublasWorkspaces()
         finally:
             th.cuda.set_stream(current)
             th.cuda.set_sync_debug_mode(debug_mode)
@@ -93,7 +123,12 @@ class _Recording(NamedTuple):
 
     graph: th.cuda.CUDAGraph
     contexts: ContextSamples  # to be filled before a replay
-    played: tuple[th.Tensor, LSTMState, th.Tensor, th.Tensor, th.Tensor]  # frames, state before them, actions, rewards, ends
+    state: LSTMState  # before the first frames
+    frames: th.Tensor
+    actions: th.Tensor
+    rewards: th.Tensor
+    ends: th.Tensor
+    unroll: Callable[..., tuple[th.Tensor, th.Tensor]]  # the actor-critic's
     kept: tuple[Any, ...]
 
 
@@ -135,14 +170,14 @@ class ImaginationGraph:
                     f"Imagination goes on without a CUDA graph, and so more slowly, as one could not be made: {reason}"
                 )
                 self._failed = asked
-        if self._recording is None or asked != self._recorded:
+        recording = self._recording
+        if recording is None or asked != self._recorded:
             return imagine(ImaginedGame(policy.observe, policy.world_model), policy.actor_critic, contexts, horizon)
-        for recorded, given in zip(self._recording.contexts, contexts, strict=True):
+        for recorded, given in zip(recording.contexts, contexts, strict=True):
             recorded.copy_(given)
-        self._recording.graph.replay()
-        frames, state, actions, rewards, ends = self._recording.played
-        logits, values = policy.actor_critic.unroll(frames, state)
-        return ImaginedTrajectory(actions, rewards, ends, values, logits)
+        recording.graph.replay()
+        logits, values = recording.unroll(recording.frames, recording.state)
+        return ImaginedTrajectory(recording.actions, recording.rewards, recording.ends, values, logits)
 
     @staticmethod
     def _record(
@@ -153,18 +188,20 @@ class ImaginationGraph:
         observe = Compiled(policy.observe) if compile else policy.observe
 
         @th.no_grad()
-        def played() -> tuple[Any, ...]:
+        def played() -> tuple[th.Tensor, ...]:
             # Casts that autocast keeps would be gone when the graph is replayed
             with th.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
-                game = ImaginedGame(observe, cast.refresh())
+                game = cast.game(observe, cast.refresh())
                 state = policy.actor_critic.burn_in(contexts.seen, contexts.mask)
                 steps = play(game, policy.actor_critic, contexts.tokens, state, horizon)
                 names = ("frames", "actions", "rewards", "ends")
-                frames, *outcomes = (th.stack([getattr(step, name) for step in steps], dim=1) for name in names)
-                return frames, state, *outcomes
+                return *state, *(th.stack([getattr(step, name) for step in steps], dim=1) for name in names)
 
-        graph, result = capture(played, policy.device)
-        return _Recording(graph, contexts, result, (cast, observe))
+        graph, (hidden, cell, frames, actions, rewards, ends) = capture(played, policy.device)
+        unroll: Callable[..., tuple[th.Tensor, th.Tensor]] = policy.actor_critic.unroll
+        if compile:
+            unroll = Compiled(unroll, "reduce-overhead")
+        return _Recording(graph, contexts, LSTMState(hidden, cell), frames, actions, rewards, ends, unroll, (cast, observe))
 
     def __getstate__(self) -> dict[str, Any]:
         return dict.fromkeys(self.__dict__)

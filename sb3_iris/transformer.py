@@ -38,13 +38,24 @@ class KVCache:
         :return: Keys and values of all positions, the new ones included, (2, B, nh, at least length + n, hd); what is behind
             these is finite and means nothing.
         """
+        memory = self.reserve(layer, keys_values)
+        memory[:, :, :, self.length : self.length + keys_values.shape[3]] = keys_values
+        return memory
+
+    def reserve(self, layer: int, keys_values: th.Tensor) -> th.Tensor:
+        """
+        Make room for the new positions of one block, which whoever asks will write there.
+
+        :param layer: Index of the block.
+        :param keys_values: (2, B, nh, n, hd), of which only the sizes and the type count.
+        :return: As of ``update``.
+        """
         end = self.length + keys_values.shape[3]
         assert end <= self.max_length, (end, self.max_length)
         if layer == len(self.memory):
             self.memory.append(keys_values[:, :, :, :0])
         if end > self.memory[layer].shape[3]:
             self.memory[layer] = self._grown(self.memory[layer], end)
-        self.memory[layer][:, :, :, self.length : end] = keys_values
         return self.memory[layer]
 
     def _grown(self, old: th.Tensor, length: int) -> th.Tensor:

@@ -13,7 +13,7 @@ import torch as th
 
 from sb3_iris import IRIS
 from sb3_iris.compilation import Compiled, compiles
-from sb3_iris.imagination_graph import CastWorldModel
+from sb3_iris.imagination_graph import CastWorldModel, _kernels
 from tests.presets import NETWORKS, FrameEnv, assert_equal, differing, frame_envs, parameters, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -122,3 +122,14 @@ def test_cast_world_model(dtype: th.dtype | None) -> None:
         for plain, ours in zip(*logits, strict=True):
             assert plain.std() > 0.1
             assert th.equal(ours, plain)
+
+
+def test_a_gpu_does_without_kernels_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sb3_iris.imagination_kernels", None)  # as if it could not be imported
+    _kernels.cache_clear()
+    with pytest.warns(
+        UserWarning, match="imagination goes on with PyTorch's kernels, .* do not work here: .*imagination_kernels"
+    ):
+        assert _kernels(th.device("cuda")) is None
+    assert _kernels(th.device("cpu")) is None
+    _kernels.cache_clear()

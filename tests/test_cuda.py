@@ -1,6 +1,9 @@
 """What is done in another way on a GPU, beside the plain way on the same GPU."""
 
 import copy
+import functools
+import importlib
+import math
 import warnings
 from typing import Any
 
@@ -10,9 +13,12 @@ import torch as th
 from torch import nn
 
 from sb3_iris import IRIS
+from sb3_iris.actor_critic import sample_categorical
+from sb3_iris.compilation import Compiled
 from sb3_iris.imagination import ImaginedGame, imagine
-from sb3_iris.imagination_graph import CastWorldModel, ImaginationGraph
+from sb3_iris.imagination_graph import CastWorldModel, ImaginationGraph, capture
 from sb3_iris.policies import CnnLstmPolicy
+from sb3_iris.transformer import KVCache, Transformer
 from sb3_iris.type_aliases import NETWORKS, ContextSamples, ImaginedTrajectory
 from tests.presets import SIZES, FrameEnv, assert_equal, decided, parameters, tiny
 
@@ -145,11 +151,12 @@ def test_compiled_losses(name: str, robust: bool) -> None:
                 loss, _ = getattr(model, f"_{name}_loss")()
             network.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             losses.append(loss.detach().clone())
             with th.no_grad():
                 for parameter in network.parameters():
                     if parameter.grad is not None:
-                        parameter -= 0.01 * parameter.grad
+                        parameter -= 1e-3 * parameter.grad
         runs.append((th.stack(losses), copy.deepcopy(network.state_dict())))
     (plain_losses, plain), (compiled_losses, compiled) = runs
     assert (plain_losses.diff() != 0).all()
@@ -180,6 +187,91 @@ def test_same_seed_same_run() -> None:
     assert np.array_equal(with_graph[0].replay_buffer.actions, with_graph[1].replay_buffer.actions)
     for name, ours in parameters(with_graph[0]).items():
         th.testing.assert_close(parameters(with_graph[1])[name], ours, rtol=1e-3, atol=1e-3)
+
+
+def blocks_of(embed_dim: int, biased: bool) -> tuple[Transformer, Transformer, list[th.Tensor] | None]:
+    """Blocks with large random weights, the same made of kernels, and attention biases for 400 positions."""
+    plain = Transformer(embed_dim, 2, 4, 0.0).to("cuda").eval().requires_grad_(False)
+    for parameter in plain.parameters():
+        parameter.add_(th.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.2 * embed_dim**-0.5))
+    ours = copy.deepcopy(plain)
+    for module in ours.modules():
+        if isinstance(module, nn.Linear):
+            module.to(th.bfloat16)
+    for block in ours.blocks:
+        block.forward = functools.partial(kernels().block_forward, block)
+    later = th.ones(400, 400, dtype=th.bool, device="cuda").triu(1)
+    biases = [th.randn(4, 400, 400, device="cuda").masked_fill(later, -math.inf) for _ in range(2)] if biased else None
+    return plain, ours, biases
+
+
+def kernels() -> Any:
+    pytest.importorskip("triton", reason="PyTorch has no Triton here")
+    return importlib.import_module("sb3_iris.imagination_kernels")
+
+
+@pytest.mark.parametrize("embed_dim, biased", [(256, False), (256, True), (64, True), (48, False)])
+def test_kernels_of_blocks(embed_dim: int, biased: bool) -> None:
+    """They err no more than autocast does, after any number of positions."""
+    plain, ours, biases = blocks_of(embed_dim, biased)
+    caches = [KVCache(400) for _ in range(3)]
+    for n in (17, 1, 1, 30, 2, 1, 220, 1, 1, 20, 1, 2):
+        x = th.randn(7, n, embed_dim, device="cuda")
+        exact = plain(x, caches[0], biases)
+        with th.autocast("cuda", th.bfloat16):
+            rounded = plain(x, caches[1], biases)
+        errors = [float((y - exact).norm() / exact.norm()) for y in (ours(x, caches[2], biases), rounded)]
+        assert errors[0] < 1.2 * errors[1] < 0.01, (n, errors)
+    assert caches[2].length == 297
+
+
+@pytest.mark.skipif(th.cuda.is_available() and th.cuda.get_device_capability() < (9, 0), reason="a GPU before Hopper")
+def test_kernels_that_begin_early_wait_for_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours, _ = blocks_of(256, False)
+    inputs = [th.randn(64, n, 256, device="cuda") for n in (17, *[1] * 250)]
+
+    @th.no_grad()
+    def play() -> th.Tensor:
+        cache = KVCache(400)
+        return th.cat([ours(x, cache)[:, -1:] for x in inputs], dim=1)
+
+    assert kernels()._starts_early(th.device("cuda"))
+    graph, early = capture(play, th.device("cuda"))
+    monkeypatch.setattr(kernels(), "_starts_early", lambda device: {})
+    late = play()
+    for _ in range(20):
+        early.zero_()
+        graph.replay()
+        assert th.equal(early, late)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 512, 1000])
+def test_kernel_that_samples(n_classes: int) -> None:
+    logits = 3 * th.randn(5000, n_classes, device="cuda")
+    samples = []
+    for function in (kernels().sample_categorical, sample_categorical):
+        th.manual_seed(0)
+        samples.append(function(logits))
+    assert (samples[0] == samples[1]).float().mean() > 0.999 and len(samples[0].unique()) > n_classes / 3
+
+
+def test_compiled_unroll() -> None:
+    """Replayed as CUDA graphs: the same values and gradients, also once the weights are others."""
+    model = strong(make())
+    actor_critic = model.policy.actor_critic
+    compiled = Compiled(actor_critic.unroll, "reduce-overhead")
+    frames, state = th.rand(5, 6, 3, *model.policy.tokenizer.image_shape[1:], device="cuda"), actor_critic.initial_state(5)
+    for _ in range(4):
+        results = []
+        for function in (actor_critic.unroll, compiled):
+            logits, values = function(frames, state)
+            loss = logits.square().sum() + values.square().sum()
+            results.append([loss.clone(), *(g.clone() for g in th.autograd.grad(loss, list(actor_critic.parameters())))])
+        for ours, plain in zip(results[1], results[0], strict=True):
+            th.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+        with th.no_grad():
+            for parameter in actor_critic.parameters():
+                parameter.add_(0.1 * th.randn_like(parameter))
 
 
 class WaitingPolicy(CnnLstmPolicy):
