@@ -19,13 +19,15 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.iris import IRIS
 from sb3_iris.policies import RecurrentState
 from sb3_iris.visualization import SHORTEST_SIDE, with_text, write_video
 from sb3_iris.world_model_env import WorldModelEnv, digit_keys, reconstruct, to_images, to_rgb
+
+WINDOW_HEIGHT = 320  # of a frame, in pixels
 
 
 class Window(gym.Wrapper):
@@ -40,7 +42,9 @@ class Window(gym.Wrapper):
     :param height: Height of a frame in the window, in pixels, at least.
     """
 
-    def __init__(self, env: gym.Env, model: IRIS, real: bool = False, agent: bool = False, height: int = 320) -> None:
+    def __init__(
+        self, env: gym.Env, model: IRIS, real: bool = False, agent: bool = False, height: int = WINDOW_HEIGHT
+    ) -> None:
         super().__init__(env)
         self.model = model
         self.real = real
@@ -107,10 +111,14 @@ def make_env(name: str, kwargs: dict[str, Any]) -> gym.Env:
     :param name: A name registered with Gymnasium, Atari games with the preprocessing of this package; or ``module:function``.
     :param kwargs: Arguments of the environment or the function.
     :return: The real game.
+    :raises ValueError: If the function returns a vector environment.
     """
     module, _, function = name.partition(":")
     if function and callable(getattr(importlib.import_module(module), function, None)):
-        return getattr(importlib.import_module(module), function)(**kwargs)
+        env = getattr(importlib.import_module(module), function)(**kwargs)
+        if isinstance(env, VecEnv):
+            raise ValueError(f"--env {name} makes a {type(env).__name__}: name a function that returns a single environment")
+        return env
     if not name.startswith("ALE/"):
         return gym.make(name, **kwargs)
     atari = make_atari_env(name, **{"evaluation": True, **kwargs})
@@ -170,7 +178,7 @@ def make_window(args: argparse.Namespace) -> tuple[Window, dict[Any, int]]:
             temperature=args.temperature,
             max_episode_steps=args.max_episode_steps,
         )
-    window = Window(env, model, args.real, args.agent, *([SHORTEST_SIDE] if args.record else []))
+    window = Window(env, model, args.real, args.agent, SHORTEST_SIDE if args.record else WINDOW_HEIGHT)
     if args.seed is not None:
         model.policy.seed(args.seed)
         window.reset(seed=args.seed)  # once: `play` would start all games from the same seed

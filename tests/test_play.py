@@ -110,6 +110,8 @@ def test_make_env():
     assert play.keys_to_action(breakout) == {("e",): 0, (" ",): 1, ("d",): 2, ("a",): 3}
     with pytest.raises(gym.error.Error):
         play.make_env("NoSuchGame-v0", {})
+    with pytest.raises(ValueError, match="makes a DummyVecEnv: name a function that returns a single environment"):
+        play.make_env("tests.presets:frame_envs", {})
 
 
 def test_arguments(capsys):
