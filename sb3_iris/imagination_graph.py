@@ -7,11 +7,9 @@ its actions and all sampling.
 """
 
 import copy
-import functools
 import importlib
 import warnings
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch as th
@@ -22,25 +20,6 @@ from sb3_iris.imagination import ImaginedGame, imagine, play
 from sb3_iris.policies import CnnLstmPolicy
 from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, LSTMState
 from sb3_iris.world_model import WorldModel
-
-
-@functools.cache
-def _kernels(device: th.device) -> ModuleType | None:
-    """This package's kernels, if they work on a device; else None, with a warning if it is a GPU."""
-    if device.type != "cuda":
-        return None
-    try:
-        kernels = importlib.import_module("sb3_iris.imagination_kernels")
-        kernels.try_out(device)
-    except th.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"compile: imagination goes on with PyTorch's kernels, as those of this package do not work here: {reason}"
-        )
-        return None
-    return kernels
 
 
 class CastWorldModel:
@@ -62,13 +41,25 @@ class CastWorldModel:
                 module.to(dtype)
         tensors = (*self.world_model.parameters(), *self.world_model.buffers())
         self._pairs = list(zip(tensors, (*original.parameters(), *original.buffers()), strict=True))
-        if compile and dtype is not None and (kernels := _kernels(tensors[0].device)) is not None:
-            kernels.use_in(self.world_model)
-            self.game = kernels.KernelGame
-        elif compile:
+        if compile and not (dtype is not None and self._use_kernels()):
             for block in self.world_model.transformer.blocks:
                 for name in ("before_attention", "after_attention"):
                     setattr(block, name, Compiled(getattr(block, name)))
+
+    @th.no_grad()
+    def _use_kernels(self) -> bool:
+        """Let this package's kernels compute blocks and token head; False, with a warning, if they do not work here."""
+        try:
+            kernels = importlib.import_module("sb3_iris.imagination_kernels")
+            kernels.use_in(self.world_model)
+        except th.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"compile: imagination does without the kernels of sb3_iris, as they do not work here: {reason}")
+            return False
+        self.game = kernels.KernelGame
+        return True
 
     @th.no_grad()
     def refresh(self) -> WorldModel:
@@ -110,8 +101,8 @@ def capture(function: Callable[[], Any], device: th.device) -> tuple[th.cuda.CUD
             th._C._cuda_clearCublasWorkspaces()
             with th.cuda.graph(graph):
                 result = function()
-            th._C._cuda_clearCublasWorkspaces()
         finally:
+            th._C._cuda_clearCublasWorkspaces()
             th.cuda.set_stream(current)
             th.cuda.set_sync_debug_mode(debug_mode)
             th.cuda.set_rng_state(random_state, device)
@@ -154,8 +145,9 @@ class ImaginationGraph:
         :param contexts: As for ``imagine``.
         :param horizon: Steps to imagine, at least 2.
         :param dtype: Type that autocast casts to; None for none.
-        :param compile: Whether to compile the world model's blocks and the decoder.
-        :return: What was imagined; all but values and logits is overwritten by the next call.
+        :param compile: Whether to compile the decoder and the actor-critic's pass with gradients, and to use kernels of this
+            package.
+        :return: What was imagined. The next call overwrites it, values and logits only if they are compiled.
         """
         weights = (*policy.parameters(), *policy.buffers())
         asked = (horizon, dtype, compile, *(part.shape for part in contexts), *(weight.data_ptr() for weight in weights))
@@ -164,8 +156,8 @@ class ImaginationGraph:
             try:
                 self._recording = self._record(policy, contexts, horizon, dtype, compile)
                 self._recorded = asked
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+            except Exception as error:  # what Triton raises is of many kinds
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(
                     f"Imagination goes on without a CUDA graph, and so more slowly, as one could not be made: {reason}"
                 )

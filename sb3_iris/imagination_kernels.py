@@ -20,14 +20,33 @@ from sb3_iris.imagination import ImaginedGame
 from sb3_iris.transformer import Block, KVCache
 from sb3_iris.world_model import Tables, WorldModel
 
+MAX_WEIGHTS = 2**15  # of a program, which a GPU for games still finds room for beside its inputs
+
 
 def _starts_early(device: th.device) -> dict[str, bool]:
-    """
-    What tells a kernel to begin while the one before still runs ("programmatic dependent launch"), where the GPU can. Before
-    its ``gdc_wait`` it may only read what is older than that one's: weights, and keys and values of former passes.
-    """
-    able = device.type == "cuda" and th.cuda.get_device_capability(device) >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")
-    return {"launch_pdl": True} if able else {}
+    """What tells a kernel to begin while the one before still runs ("programmatic dependent launch"), where that can be."""
+    if th.version.cuda is None or not hasattr(tl.extra.cuda, "gdc_wait"):
+        return {}
+    return {"launch_pdl": True} if th.cuda.get_device_capability(device) >= (9, 0) else {}
+
+
+if hasattr(getattr(tl.extra, "cuda", None), "gdc_wait"):  # not so before Triton 3.4
+
+    @triton.jit
+    def _wait_for_previous():
+        """
+        What is before this in a kernel may read only what no kernel since the one before last has written: weights, and keys
+        and values of former passes. Every kernel that begins early waits, in each of its programs, else the next might begin
+        too early.
+        """
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+else:
+
+    @triton.jit
+    def _wait_for_previous():
+        pass
 
 
 @triton.jit
@@ -65,8 +84,7 @@ def _linear_kernel(
             norm_weight = tl.load(norm_weight_ptr + ins, in_exists, other=0.0)[None, :]
             norm_bias = tl.load(norm_bias_ptr + ins, in_exists, other=0.0)[None, :]
         if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+            _wait_for_previous()
         x = tl.load(x_ptr + rows[:, None] * in_features + ins[None, :], row_exists & in_exists[None, :], other=0.0)
         if NORM:
             x = tl.where(in_exists[None, :], x - (tl.sum(x, 1) / in_features)[:, None], 0.0)
@@ -107,6 +125,9 @@ def linear(
     y = x.new_empty(n_rows, out_features, dtype=dtype)
     block_rows, block_out = 16, 64 if out_features > 256 else 32  # small ones keep more of a GPU's processors at work
     block_in = max(triton.next_power_of_2(in_features), 16)
+    if norm is None:
+        block_in = min(block_in, 1024)
+    block_out = max(min(block_out, MAX_WEIGHTS // block_in), 16)
     early = _starts_early(x.device)
     _linear_kernel[triton.cdiv(n_rows, block_rows), triton.cdiv(out_features, block_out)](
         x,
@@ -125,10 +146,10 @@ def linear(
         RESIDUAL=residual is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_OUT=block_out,
-        BLOCK_IN=block_in if norm is not None else min(block_in, 1024),
+        BLOCK_IN=block_in,
         EARLY=bool(early),
         **early,
-        num_stages=1,  # pipelined loads would be begun before ``gdc_wait``
+        num_stages=1,  # pipelined loads would be begun before it has waited
     )
     return y
 
@@ -184,8 +205,7 @@ def _attention_kernel(
     keys = tl.load(keys_ptr + where, (positions < past)[:, None] & exists, other=0.0)
     values = tl.load(values_ptr + where, (positions < past)[:, None] & exists, other=0.0)
     if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        _wait_for_previous()
 
     q = tl.load(own_ptr, dim_exists, other=0.0).to(tl.float32) * scale
     own_key = tl.load(own_ptr + embed_dim, dim_exists, other=0.0)
@@ -228,14 +248,13 @@ def attend(qkv: th.Tensor, layer: int, n_heads: int, cache: KVCache, bias: th.Te
     :param layer: Index of the block.
     :param n_heads: Attention heads.
     :param cache: As there.
-    :param bias: As there.
+    :param bias: As there, contiguous.
     :return: (B, T, D)
     """
+    assert bias is None or bias.is_contiguous(), bias.stride()
     B, T, _ = qkv.shape
     keys, values = cache.reserve(layer, qkv.view(B, T, 3, n_heads, -1).permute(2, 0, 3, 1, 4)[1:])
     max_length, head_dim = keys.shape[2:]
-    if bias is not None:
-        bias = bias.contiguous()
     y = qkv.new_empty(B, T, n_heads * head_dim)
     block_keys = min(max(triton.next_power_of_2(cache.length), 16), 256)
     early = _starts_early(qkv.device)
@@ -333,26 +352,24 @@ class KernelGame(ImaginedGame):
 
 def use_in(world_model: WorldModel) -> None:
     """
-    Let a world model's blocks and token head be computed by these kernels from now on.
+    Let a world model's blocks and token head be computed by these kernels from now on. They are tried out first, and what they
+    raise where they cannot be used, for want of a C compiler for instance, is raised here.
 
     :param world_model: One in evaluation mode on a GPU, with linear layers in bfloat16.
     """
+    first, _, last = world_model.token_head
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+    device = last.weight.device
+    with th.cuda.device(device), th.random.fork_rng([device]):
+        x = th.zeros(1, 1, world_model.transformer.embed_dim, device=device)
+        for block in world_model.transformer.blocks[:1]:
+            assert isinstance(block, Block)
+            x = block_forward(block, x, KVCache(1), None)
+        hidden = linear(x[:, 0], first.weight, first.bias, activation="relu", dtype=first.weight.dtype)
+        sample_categorical(linear(hidden, last.weight, last.bias, dtype=th.float32))
+        th.cuda.synchronize()
+
     for block in world_model.transformer.blocks:
         assert isinstance(block, Block)
         block.forward = functools.partial(block_forward, block)  # type: ignore[method-assign]
     world_model._token_logits = functools.partial(token_logits, world_model.token_head)  # type: ignore[method-assign]
-
-
-@th.no_grad()
-def try_out(device: th.device) -> None:
-    """
-    Raise what these kernels raise where they cannot be used, for want of a C compiler for instance.
-
-    :param device: The GPU.
-    """
-    block = Block(32, 2, 0.0, 0).to(device)
-    for linear_layer in (block.attention.qkv, block.attention.proj, block.mlp[0], block.mlp[2]):
-        linear_layer.to(th.bfloat16)
-    x = th.zeros(1, 1, 32, device=device)
-    sample_categorical(block_forward(block, x, KVCache(1), None)[0])
-    th.cuda.synchronize(device)

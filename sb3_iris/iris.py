@@ -380,6 +380,7 @@ class IRIS(SavingAlgorithm):
                 history.append({key: value.clone() for key, value in logs.items()})  # the next step may overwrite them
         finally:  # after Ctrl-C one may want to play in the world model, without dropout
             network.eval()
+            optimizer.zero_grad()  # on a GPU the next network's CUDA graphs may overwrite the gradients
         check_finite(name, history, self.num_timesteps)
         self._n_updates += n_steps
         for key in history[0]:

@@ -48,7 +48,7 @@ class KVCache:
 
         :param layer: Index of the block.
         :param keys_values: (2, B, nh, n, hd), of which only the sizes and the type count.
-        :return: As of ``update``.
+        :return: Keys and values of all positions as of ``update``, those of the new ones not yet written.
         """
         end = self.length + keys_values.shape[3]
         assert end <= self.max_length, (end, self.max_length)

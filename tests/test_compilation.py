@@ -13,7 +13,8 @@ import torch as th
 
 from sb3_iris import IRIS
 from sb3_iris.compilation import Compiled, compiles
-from sb3_iris.imagination_graph import CastWorldModel, _kernels
+from sb3_iris.imagination import ImaginedGame
+from sb3_iris.imagination_graph import CastWorldModel
 from tests.presets import NETWORKS, FrameEnv, assert_equal, differing, frame_envs, parameters, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -124,12 +125,12 @@ def test_cast_world_model(dtype: th.dtype | None) -> None:
             assert th.equal(ours, plain)
 
 
-def test_a_gpu_does_without_kernels_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagination_does_without_kernels_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sb3_iris.imagination_kernels", None)  # as if it could not be imported
-    _kernels.cache_clear()
+    world_model = tiny(FrameEnv()).policy.world_model
     with pytest.warns(
-        UserWarning, match="imagination goes on with PyTorch's kernels, .* do not work here: .*imagination_kernels"
+        UserWarning, match="does without the kernels of sb3_iris, as they do not work here: .*imagination_kernels"
     ):
-        assert _kernels(th.device("cuda")) is None
-    assert _kernels(th.device("cpu")) is None
-    _kernels.cache_clear()
+        cast = CastWorldModel(world_model, th.bfloat16, compile=True)
+    assert cast.game is ImaginedGame
+    assert all(isinstance(block.before_attention, Compiled) for block in cast.world_model.transformer.blocks)
