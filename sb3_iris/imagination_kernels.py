@@ -104,10 +104,10 @@ def linear(
     x: th.Tensor,
     weight: th.Tensor,
     bias: th.Tensor,
+    dtype: th.dtype,
     norm: nn.LayerNorm | None = None,
     activation: str | None = None,
     residual: th.Tensor | None = None,
-    dtype: th.dtype = th.bfloat16,
 ) -> th.Tensor:
     """
     A linear layer with what is before and behind it. All tensors are contiguous.
@@ -115,10 +115,10 @@ def linear(
     :param x: (n, in_features); float32 if there is a LayerNorm, which is then float32 itself
     :param weight: (out_features, in_features), in whose type products are taken
     :param bias: (out_features,)
+    :param dtype: Type of the result.
     :param norm: LayerNorm of ``x``.
     :param activation: ``"gelu"``, ``"relu"`` or None.
     :param residual: (n, out_features) float32, added in the end; None for nothing
-    :param dtype: Type of the result.
     :return: (n, out_features)
     """
     (n_rows, in_features), out_features = x.shape, len(weight)
@@ -215,7 +215,7 @@ def _attention_kernel(
     best = tl.sum(q * own_key.to(tl.float32), 0)
     if HAS_BIAS:
         best += tl.load(bias_ptr + past + token).to(tl.float32)
-    total = tl.exp(best - best)
+    total = tl.exp(best - best)  # 1, in the type that it has in the loops
     y = own_value.to(tl.float32)
     for other in range(0, token):  # new ones too, which others of these programs are writing into the cache just now
         other_ptr = qkv_ptr + other * 3 * embed_dim
