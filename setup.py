@@ -18,7 +18,7 @@ setup(
         "Stable-Baselines3": "https://github.com/DLR-RM/stable-baselines3",
     },
     packages=["sb3_iris"],
-    package_data={"sb3_iris": ["py.typed", "version.txt"]},
+    package_data={"sb3_iris": ["py.typed", "version.txt", "*.cpp"]},
     python_requires=">=3.10",
     install_requires=[
         # The base classes; 2.6 is the first release for which the lower bound of torch below is the same as SB3's own

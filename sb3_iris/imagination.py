@@ -91,6 +91,16 @@ class ImaginedGame:
     def _sample(self, logits: th.Tensor) -> th.Tensor:
         return sample_categorical(logits, self.temperature, self.generator)
 
+    def _make_cache(self) -> WorldModelCache:
+        return self.world_model.make_cache()
+
+    def _sample_frame(self, token_logits: th.Tensor, cache: WorldModelCache) -> th.Tensor:
+        """Tokens of a frame, (B, K), from logits of its first one; the cache takes in all but the last."""
+        tokens = [self._sample(token_logits)]
+        while len(tokens) < self.world_model.tokens_per_frame:
+            tokens.append(self._sample(self.world_model.step_token(tokens[-1], cache)))
+        return th.stack(tokens, dim=1)
+
     @property
     def cache(self) -> WorldModelCache:
         """The cache of games that have had no restart, which all share one."""
@@ -182,9 +192,9 @@ class ImaginedGame:
 
     def _step_cohort(self, cohort: _Cohort, actions: th.Tensor, predict_frame: bool) -> tuple[th.Tensor, th.Tensor]:
         """One step of a cohort, which moves on to the next frames if they are wanted; rewards and ends."""
-        world_model, K = self.world_model, self.world_model.tokens_per_frame
+        world_model = self.world_model
         if cohort.cache is None:
-            cohort.cache = world_model.make_cache()
+            cohort.cache = self._make_cache()
         if cohort.cache.length == 0:
             for past_tokens, past_actions in cohort.past:
                 world_model.step_action(past_tokens, past_actions, cohort.cache)
@@ -192,12 +202,10 @@ class ImaginedGame:
         rewards = self._sample(reward_logits).float() - 1
         ends = self._sample(end_logits).bool()
         if predict_frame:
-            tokens = [self._sample(token_logits)]
-            while len(tokens) < K:
-                tokens.append(self._sample(world_model.step_token(tokens[-1], cohort.cache)))
+            next_tokens = self._sample_frame(token_logits, cohort.cache)
             past = [*cohort.past, (cohort.tokens, actions)]
             cohort.past = past[max(len(past) - self.kept_frames + 1, 0) :]
-            cohort.tokens = th.stack(tokens, dim=1)
+            cohort.tokens = next_tokens
             cohort.n_frames += 1
             # The last token predicts nothing: it is read together with the next action, which saves a pass
             cohort.unread = cohort.tokens[:, -1:]

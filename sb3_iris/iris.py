@@ -17,7 +17,10 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from tqdm import tqdm
 
-from sb3_iris import atari_wrappers  # noqa: F401  (registers ale-py's games, so that their names can be given as env)
+from sb3_iris import (
+    atari_wrappers,  # noqa: F401  (registers ale-py's games, so that their names can be given as env)
+    imagination_cpu,
+)
 from sb3_iris.actor_critic import actor_critic_loss, sample_categorical
 from sb3_iris.buffers import SequenceReplayBuffer, Starts
 from sb3_iris.checkpoint_callback import RunCheckpointCallback
@@ -34,7 +37,7 @@ from sb3_iris.projection import warn_of_days
 from sb3_iris.saving import SavingAlgorithm, tuples_to_lists
 from sb3_iris.tokenizer import PerceptualLoss
 from sb3_iris.training_health import CollapseWarnings, check_finite
-from sb3_iris.type_aliases import NETWORKS, Logs, LSTMState
+from sb3_iris.type_aliases import NETWORKS, Logs, LSTMState, Observe
 from sb3_iris.validation import check_hyperparameters, check_learn_arguments, check_policy_kwargs, check_spaces
 from sb3_iris.world_model_env import WorldModelVecEnv
 
@@ -103,8 +106,9 @@ class IRIS(SavingAlgorithm):
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
         ``predict`` and collection are always in float32.
-    :param compile: Whether to use ``torch.compile`` in training and, on a GPU, to imagine in a CUDA graph. It takes a few
-        minutes at the first training steps; False for runs that are shorter than what that saves. ``"auto"``: on a GPU.
+    :param compile: Whether to use ``torch.compile`` in training, which ``"auto"`` does on a GPU, and, unless this is False, to
+        imagine in a CUDA graph or, on a CPU, by kernels that a C++ compiler makes once. On a GPU it takes a few minutes at the
+        first training steps; False for runs that are shorter than what that saves.
     :param _init_setup_model: Whether to build the networks; False when loading.
     :raises ValueError: If an argument does not fit, named with its value and the way out.
     """
@@ -430,9 +434,16 @@ class IRIS(SavingAlgorithm):
             compile = compiles(self.compile, self.device)
             trajectory = self._imagination_graph(policy, contexts, self.imagination_horizon, self._autocast_dtype, compile)
         else:
-            game = ImaginedGame(policy.observe, policy.world_model)
+            game = self._imagined_game(policy.observe)
             trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
+
+    def _imagined_game(self, observe: Observe) -> ImaginedGame:
+        """A game in the world model as it is now, by the kernels for a CPU where these are wanted and work."""
+        world_model = self.policy.world_model
+        if self.device.type == "cpu" and self.compile and imagination_cpu.works():
+            return imagination_cpu.CpuGame(observe, world_model, self._autocast_dtype)
+        return ImaginedGame(observe, world_model)
 
     def _starts(self, name: str, reward_within: int) -> Starts:
         """Where a network's batch begins, by the shares that are asked for; recent steps are those of two collections."""

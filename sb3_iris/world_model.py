@@ -111,6 +111,16 @@ class WorldModelCache(KVCache):
 
     tables: Tables
 
+    def features(self, transformer: Transformer, x: th.Tensor) -> th.Tensor:
+        """
+        Pass embedded positions that follow the cached ones, and take them in.
+
+        :param transformer: The Transformer.
+        :param x: (B, n, D)
+        :return: (B, D), what it makes of the last one.
+        """
+        return transformer(x, self, self.tables.attention_biases)[:, -1]
+
 
 class WorldModel(nn.Module):
     """
@@ -273,7 +283,7 @@ class WorldModel(nn.Module):
         """Pass n embedded positions, (B, n, D), that follow the cached ones; the last one's features, (B, D)."""
         start = cache.length
         x = x + cache.tables.positions[start : start + x.shape[1]]
-        return self.transformer(x, cache, cache.tables.attention_biases)[:, -1]
+        return cache.features(self.transformer, x)
 
     def loss(
         self, tokens: th.Tensor, actions: th.Tensor, rewards: th.Tensor, terminations: th.Tensor, mask: th.Tensor
