@@ -101,38 +101,38 @@ class CausalSelfAttention(nn.Module):
         """
         B, T, _ = qkv.shape
         qkv = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hd)
-        q, k, v = qkv
+        q, keys, values = qkv
         past = cache.length if cache is not None else 0
         if cache is not None:
-            keys, values = cache.update(self.layer, qkv[1:])
+            cached = cache.update(self.layer, qkv[1:])
+            keys, values = cached if past > 0 else (keys, values)
         if bias is not None:
             bias = bias[:, past : past + T].to(q.dtype)  # (nh, T, L)
-        if past == 0:
-            mask = bias[None, :, :, :T] if bias is not None else None
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (B, nh, T, hd)
-        else:
-            y = self._attend_to_cache(q, keys, values, past, bias)
-        return y.transpose(1, 2).reshape(B, T, -1)
+        dropout = self.dropout if self.training else 0.0
+        return self._attend_to(q, keys, values, past, bias, dropout).transpose(1, 2).reshape(B, T, -1)
 
     @staticmethod
-    def _attend_to_cache(q: th.Tensor, keys: th.Tensor, values: th.Tensor, past: int, bias: th.Tensor | None) -> th.Tensor:
+    def _attend_to(
+        q: th.Tensor, keys: th.Tensor, values: th.Tensor, past: int, bias: th.Tensor | None, dropout: float
+    ) -> th.Tensor:
         """Attention of T queries, (B, nh, T, hd), of which the first belongs to key ``past``."""
         T = q.shape[2]
-        if q.device.type != "cpu":
+        # On a CPU PyTorch's fused kernel works by blocks of queries, and the one for a bias with gradients looks for empty rows
+        if q.device.type != "cpu" or (past == 0 and bias is None):
             end = past + T
             mask = bias[None, :, :, :end] if bias is not None else None
-            if mask is None and T > 1:
+            if mask is None and 0 < past and T > 1:
                 mask = th.ones(T, end, dtype=th.bool, device=q.device).tril(past)
-            return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask)
-        # The fused kernel works by blocks of queries, here are only one or two
+            is_causal = past == 0 and mask is None
+            return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask, dropout, is_causal)
         scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
         if bias is not None:
             scores += bias[:, :, : keys.shape[2]]
         else:
             for t in range(T):
                 scores[:, :, t, past + t + 1 :] = -math.inf
-        return th.softmax(scores, dim=-1) @ values
+        weights = th.softmax(scores, dim=-1)
+        return (F.dropout(weights, dropout) if dropout > 0 else weights) @ values
 
 
 class Block(nn.Module):
