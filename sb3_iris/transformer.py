@@ -117,7 +117,7 @@ class CausalSelfAttention(nn.Module):
     ) -> th.Tensor:
         """Attention of T queries, (B, nh, T, hd), of which the first belongs to key ``past``."""
         T = q.shape[2]
-        # On a CPU PyTorch's fused kernel works by blocks of queries, and the one for a bias with gradients looks for empty rows
+        # On a CPU PyTorch's fused kernel works by blocks of queries; the one for a bias with gradients looks for empty rows
         if q.device.type != "cpu" or (past == 0 and bias is None):
             end = past + T
             mask = bias[None, :, :, :end] if bias is not None else None
