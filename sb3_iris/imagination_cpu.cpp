@@ -420,7 +420,7 @@ int64_t sample(float* logits, int n, float temperature, float random) {
 
 template <typename Function>
 void in_threads(int64_t n_games, int n_threads, Function function) {
-    n_threads = static_cast<int>(std::min<int64_t>(n_threads, n_games));
+    n_threads = static_cast<int>(std::max<int64_t>(std::min<int64_t>(n_threads, n_games), 1));
     const auto part = [&](int t) { function(n_games * t / n_threads, n_games * (t + 1) / n_threads); };
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(n_threads) schedule(static, 1)

@@ -31,7 +31,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("n_in", ctypes.c_int32), ("n_out", ctypes.c_int32)]
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("in_", ctypes.c_int32), ("out", ctypes.c_int32)]
 
 
 class _Norm(ctypes.Structure):
@@ -56,7 +56,7 @@ class _Model(ctypes.Structure):
         ("n_heads", ctypes.c_int32),
         ("n_blocks", ctypes.c_int32),
         ("max_length", ctypes.c_int32),
-        ("is_bfloat16", ctypes.c_int32),
+        ("in_pairs", ctypes.c_int32),
         ("epsilon", ctypes.c_float),
         ("blocks", ctypes.POINTER(_Block)),
         ("norm_out", _Norm),
@@ -219,7 +219,7 @@ class CpuCache(WorldModelCache):
 
     def features(self, transformer: nn.Module, x: th.Tensor) -> th.Tensor:
         B, n, D = x.shape
-        assert self.length + n <= self.max_length, (self.length, n, self.max_length)
+        assert x.dtype == th.float32 and self.length + n <= self.max_length, (x.dtype, self.length, n, self.max_length)
         if not self.memory:
             self.memory = [th.empty(B, self.kernels.cache_size)]
         x, y = x.contiguous(), th.empty(B, D)
