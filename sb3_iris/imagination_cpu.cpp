@@ -92,20 +92,24 @@ inline float largest(Vector x) {
     return parts[0];
 }
 
+// By the factors of falling powers of x
+template <int N>
+inline Vector polynomial(Vector x, const float (&factors)[N]) {
+    Vector y = broadcast(factors[0]);
+    for (int i = 1; i < N; i++) y = y * x + factors[i];
+    return y;
+}
+
 // To two units in the last place; below -87 the smallest normal number instead of smaller ones
 inline Vector exp(Vector x) {
     x = larger(x, broadcast(-87.0f));
     const Vector rounder = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
-    Vector n = (x * 1.44269504f + rounder) - rounder;
-    Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector y = broadcast(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+    const Vector n = (x * 1.44269504f + rounder) - rounder;
+    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    constexpr float factors[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    const Vector y = polynomial(r, factors) * r * r + r + 1.0f;
+    const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
     return y * (Vector)power;
 }
 
@@ -113,20 +117,9 @@ inline Vector exp(Vector x) {
 inline Vector gelu(Vector x) {
     Vector z = larger(x * 0.70710678f, broadcast(-4.0f));
     z = -larger(-z, broadcast(-4.0f));
-    const Vector s = z * z;
-    Vector p = broadcast(1.97491158e-6f);
-    p = p * s + 2.88027572e-4f;
-    p = p * s + 4.0030838e-3f;
-    p = p * s + 5.34657389e-2f;
-    p = p * s + 1.9623597e-1f;
-    p = p * s + 1.12837899f;
-    Vector q = broadcast(3.74809897e-5f);
-    q = q * s + 1.21622137e-3f;
-    q = q * s + 1.5443298e-2f;
-    q = q * s + 1.1647103e-1f;
-    q = q * s + 5.07240772e-1f;
-    q = q * s + 1.0f;
-    return 0.5f * x * (1.0f + z * p / q);
+    constexpr float p[] = {1.97491158e-6f, 2.88027572e-4f, 4.0030838e-3f, 5.34657389e-2f, 1.9623597e-1f, 1.12837899f};
+    constexpr float q[] = {3.74809897e-5f, 1.21622137e-3f, 1.5443298e-2f, 1.1647103e-1f, 5.07240772e-1f, 1.0f};
+    return 0.5f * x * (1.0f + z * polynomial(z * z, p) / polynomial(z * z, q));
 }
 
 inline uint32_t bits_of(float x) {

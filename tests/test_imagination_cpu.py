@@ -228,7 +228,7 @@ def test_with_a_compiler_that_fails(tmp_path: Path) -> None:
 
 
 def test_compiled_once(tmp_path: Path) -> None:
-    """What is compiled is found again, also by who has no compiler; nothing else is left behind."""
+    """What is compiled is found again, and nothing else is left behind."""
     assert run(tmp_path) == ["True", "True"]
     (library,) = (tmp_path / "cache" / "sb3_iris").iterdir()
     made = library.stat().st_mtime_ns

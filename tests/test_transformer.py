@@ -126,3 +126,16 @@ def test_where_dropout_acts() -> None:
             elif isinstance(module, nn.Dropout):
                 module.p *= place == PLACES[name.split(".", 2)[-1]]
         assert not th.allclose(transformer(x), expected), place
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@th.no_grad()
+def test_dropout_of_attention_weights(biased: bool) -> None:
+    """Its only key is taken away from a share of the queries; the others see it all the stronger."""
+    attention = CausalSelfAttention(4, n_heads=1, dropout=0.25, layer=0).train()
+    qkv = th.ones(10_000, 1, 12)
+    y = attention.attend(qkv, None, th.zeros(1, 1, 1) if biased else None)
+    dropped = (y == 0).all(dim=-1)
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    th.testing.assert_close(y[~dropped], th.full((int((~dropped).sum()), 4), 1 / 0.75))
+    assert (attention.eval().attend(qkv, None, None) == 1).all()
