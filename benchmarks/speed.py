@@ -175,7 +175,7 @@ class ImaginedSteps:
     def __call__(self) -> None:
         model = self.model
         if model.device.type != "cuda" or not model.compile:
-            self._play(model._imagined_game(lambda tokens: tokens))
+            self._play(model._imagined_game(lambda tokens: tokens, model._autocast_dtype))
             return
         if self.graph is None:
             cast = CastWorldModel(model.policy.world_model, model._autocast_dtype, compiles(model.compile, model.device))

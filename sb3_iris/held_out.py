@@ -15,7 +15,6 @@ import torch as th
 from sb3_iris.actor_critic import sample_categorical
 from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.frame_cache import TOGETHER
-from sb3_iris.world_model_env import make_game
 from sb3_iris.world_model_report import SUMS, Episode, measure
 
 if TYPE_CHECKING:
@@ -89,10 +88,9 @@ class HeldOut:
         figures = _read(model, _cut(parts, T, rng)[: max(MOST_STEPS // T, 1)], rare, generator)
 
         horizon = _longest_horizon(parts[:, 2])
-        game = make_game(model, 1.0, generator, kept_frames=1)
         segments = _cut(parts, horizon, rng, overlapping=True)[:MOST_SEGMENTS]
         episodes = [(_episode(model.replay_buffer, *segment), 0) for segment in segments]
-        sums = dict(zip(SUMS, measure(model, game, episodes, [horizon])[0], strict=True))
+        sums = dict(zip(SUMS, measure(model, episodes, [horizon], 1.0, generator, kept_frames=1)[0], strict=True))
         figures["horizon"] = horizon
         for name, right, all_of in (
             ("token", "token_accuracy", "frames"),

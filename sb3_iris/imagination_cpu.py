@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from sb3_iris.imagination import ImaginedGame
 from sb3_iris.transformer import Block
 from sb3_iris.type_aliases import Observe
-from sb3_iris.world_model import WorldModel, WorldModelCache
+from sb3_iris.world_model import Tables, WorldModel, WorldModelCache
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -144,19 +144,19 @@ class Kernels:
     A world model as the kernels want it, with the weights that it has now.
 
     :param world_model: One in evaluation mode on the CPU.
+    :param tables: What it looks up, of the same weights.
     :param dtype: Type of factors in products of matrices: ``th.bfloat16``, or None for float32. Sums and all else are float32,
         and so is all where a head has an odd size.
     :raises RuntimeError: If the kernels cannot be compiled or loaded here.
     """
 
-    def __init__(self, world_model: WorldModel, dtype: th.dtype | None) -> None:
+    def __init__(self, world_model: WorldModel, tables: Tables, dtype: th.dtype | None) -> None:
         self.library = library()
         self._kept: list[th.Tensor] = []  # what the kernels are given the addresses of
         transformer = world_model.transformer
         in_pairs = dtype == th.bfloat16 and transformer.embed_dim // transformer.n_heads % 2 == 0
         self.dtype = th.bfloat16 if in_pairs else th.float32
         with th.no_grad():
-            tables = world_model._tables()
             biases = tables.attention_biases or [None] * len(transformer.blocks)
             blocks = [self._block(block, bias) for block, bias in zip(transformer.blocks, biases, strict=True)]
             first = world_model.token_head[0]
@@ -208,17 +208,24 @@ class Kernels:
 
 class CpuCache(WorldModelCache):
     """
-    A cache that the kernels read and write: one memory of all blocks, (B, cache size) float32.
+    A cache that the kernels read and write: one memory of all blocks, (B, cache size) float32. Like the tables, the kernels'
+    weights hold as long as what is cached: those that the world model has when the first positions are read.
 
-    :param kernels: The world model.
+    :param world_model: As for ``Kernels``.
+    :param dtype: As there.
     """
 
-    def __init__(self, kernels: Kernels) -> None:
-        super().__init__(kernels.model.max_length)
-        self.kernels = kernels
+    kernels: Kernels
+
+    def __init__(self, world_model: WorldModel, dtype: th.dtype | None) -> None:
+        super().__init__(world_model.max_length)
+        self.world_model = world_model
+        self.dtype = dtype
 
     def features(self, transformer: nn.Module, x: th.Tensor) -> th.Tensor:
         B, n, D = x.shape
+        if self.length == 0:
+            self.kernels = Kernels(self.world_model, self.tables, self.dtype)
         assert x.dtype == th.float32 and self.length + n <= self.max_length, (x.dtype, self.length, n, self.max_length)
         if not self.memory:
             self.memory = [th.empty(B, self.kernels.cache_size)]
@@ -270,7 +277,7 @@ class CpuCache(WorldModelCache):
 
 class CpuGame(ImaginedGame):
     """
-    One whose frames are imagined by the kernels, for as long as the world model has the weights that it has when this is made.
+    One whose frames are imagined by the kernels.
 
     :param dtype: As for ``Kernels``.
 
@@ -279,10 +286,10 @@ class CpuGame(ImaginedGame):
 
     def __init__(self, observe: Observe, world_model: WorldModel, dtype: th.dtype | None, **kwargs: Any) -> None:
         super().__init__(observe, world_model, **kwargs)
-        self._kernels = Kernels(world_model, dtype)
+        self.dtype = dtype
 
     def _make_cache(self) -> WorldModelCache:
-        return CpuCache(self._kernels)
+        return CpuCache(self.world_model, self.dtype)
 
     def _sample_frame(self, token_logits: th.Tensor, cache: WorldModelCache) -> th.Tensor:
         assert isinstance(cache, CpuCache)

@@ -434,16 +434,19 @@ class IRIS(SavingAlgorithm):
             compile = compiles(self.compile, self.device)
             trajectory = self._imagination_graph(policy, contexts, self.imagination_horizon, self._autocast_dtype, compile)
         else:
-            game = self._imagined_game(policy.observe)
+            game = self._imagined_game(policy.observe, self._autocast_dtype)
             trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
 
-    def _imagined_game(self, observe: Observe) -> ImaginedGame:
-        """A game in the world model as it is now, by the kernels for a CPU where these are wanted and work."""
+    def _imagined_game(self, observe: Observe, dtype: th.dtype | None = None, **kwargs: Any) -> ImaginedGame:
+        """
+        A game in the world model, by the kernels for a CPU where these are wanted and work; ``dtype`` is theirs, and what
+        follows the game's.
+        """
         world_model = self.policy.world_model
         if self.device.type == "cpu" and self.compile and imagination_cpu.works():
-            return imagination_cpu.CpuGame(observe, world_model, self._autocast_dtype)
-        return ImaginedGame(observe, world_model)
+            return imagination_cpu.CpuGame(observe, world_model, dtype, **kwargs)
+        return ImaginedGame(observe, world_model, **kwargs)
 
     def _starts(self, name: str, reward_within: int) -> Starts:
         """Where a network's batch begins, by the shares that are asked for; recent steps are those of two collections."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from sb3_iris.imagination import ImaginedGame
 from sb3_iris.policies import CnnLstmPolicy
+from sb3_iris.type_aliases import Observe
 from sb3_iris.validation import check_positive
 
 if TYPE_CHECKING:
@@ -290,7 +291,11 @@ class ReconstructedVecEnv(VecEnvWrapper):
 
 
 def make_game(
-    model: "IRIS", temperature: float = 1.0, generator: th.Generator | None = None, kept_frames: int | None = None
+    model: "IRIS",
+    temperature: float = 1.0,
+    generator: th.Generator | None = None,
+    kept_frames: int | None = None,
+    observe: Observe | None = None,
 ) -> ImaginedGame:
     """
     The core of all games here, which is that of the actor-critic's own imagination.
@@ -299,12 +304,14 @@ def make_game(
     :param temperature: Temperature of all sampling from the world model; 0 takes the most likely class.
     :param generator: Random stream of the sampling, on the model's device; torch's global one if None.
     :param kept_frames: See ``WorldModelVecEnv``.
+    :param observe: What the player sees of tokens; decoded frames if None.
     :return: The game, not started yet.
     :raises ValueError: If an argument does not fit.
     """
     if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature={temperature!r} must be a finite number of at least 0")
-    game = ImaginedGame(model.policy.tokenizer.decode, model.policy.world_model, temperature, generator)
+    observe = observe or model.policy.tokenizer.decode
+    game = model._imagined_game(observe, temperature=temperature, generator=generator)
     if kept_frames is not None:
         whole = isinstance(kept_frames, int | np.integer) and not isinstance(kept_frames, bool)
         if not (whole and 1 <= kept_frames <= game.max_frames):

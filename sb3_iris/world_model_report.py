@@ -9,7 +9,6 @@ import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_iris.imagination import ImaginedGame
 from sb3_iris.validation import check_positive
 from sb3_iris.world_model_env import make_game, warn_if_untrained
 
@@ -110,8 +109,8 @@ def world_model_report(
     starts = [(episode, t) for episode in episodes for t in range(len(episode.actions))]
     sums = np.zeros((horizon, len(SUMS)))
     for first in range(0, len(starts), batch_size):
-        game = make_game(model, temperature, generator, kept_frames)
-        sums += measure(model, game, starts[first : first + batch_size], range(1, horizon + 1))
+        some = starts[first : first + batch_size]
+        sums += measure(model, some, range(1, horizon + 1), temperature, generator, kept_frames)
     total = dict(zip(SUMS, sums.T, strict=True))
 
     def ratio(part: str, whole: str) -> np.ndarray:
@@ -180,14 +179,23 @@ def _play(model: "IRIS", env: GymEnv, n_steps: int, rng: np.random.Generator, se
 
 
 @th.no_grad()
-def measure(model: "IRIS", game: ImaginedGame, starts: list[tuple[Episode, int]], horizons: Sequence[int]) -> np.ndarray:
+def measure(
+    model: "IRIS",
+    starts: list[tuple[Episode, int]],
+    horizons: Sequence[int],
+    temperature: float,
+    generator: th.Generator,
+    kept_frames: int | None,
+) -> np.ndarray:
     """
     Imagine how episodes go on from some of their frames under the real actions, and compare.
 
     :param model: The model.
-    :param game: Its game, not started yet.
     :param starts: Episodes and the step of each to start from.
     :param horizons: Numbers of imagined steps after which to compare, rising.
+    :param temperature: As for ``make_game``.
+    :param generator: As there.
+    :param kept_frames: As there.
     :return: (horizons, sums) float64, added up over ``starts``; ``SUMS`` names the columns.
     """
     policy = model.policy
@@ -198,14 +206,15 @@ def measure(model: "IRIS", game: ImaginedGame, starts: list[tuple[Episode, int]]
 
     left = np.array([len(episode.actions) - first for episode, first in starts])  # steps of each segment
     first_frames = policy.to_frames(real(0, 0))
+    # Frames are decoded where they are compared
+    game = make_game(model, temperature, generator, kept_frames, observe=lambda tokens: tokens)
     game.reset(policy.tokenizer.encode(first_frames))
     sums = []
     for t in range(max(horizons)):
-        rewards, ends, frames = game.step(th.as_tensor(real(1, t), device=policy.device))
+        rewards, ends, _ = game.step(th.as_tensor(real(1, t), device=policy.device))
         if t + 1 not in horizons:
             continue
         played = left > t
-        assert frames is not None
         real_frames = policy.to_frames(real(0, t + 1))
         real_tokens = policy.tokenizer.encode(real_frames)
         has_frame = th.as_tensor(left > t + 1, device=policy.device)
@@ -219,7 +228,7 @@ def measure(model: "IRIS", game: ImaginedGame, starts: list[tuple[Episode, int]]
             (
                 played.sum(),
                 has_frame.sum().item(),
-                error(frames),
+                error(policy.tokenizer.decode(game.tokens)),
                 error(first_frames),
                 error(policy.tokenizer.decode(real_tokens)),
                 ((game.tokens == real_tokens).float().mean(1) * has_frame).sum().item(),

@@ -14,7 +14,7 @@ import torch as th
 from torch import nn
 
 from sb3_iris.imagination import ImaginedGame
-from sb3_iris.imagination_cpu import CpuCache, CpuGame, Kernels
+from sb3_iris.imagination_cpu import CpuCache, CpuGame
 from sb3_iris.world_model import WorldModel
 from tests.presets import FrameEnv, tiny
 
@@ -66,6 +66,12 @@ def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     th.set_num_threads(before)
 
 
+def make_cache(world_model: WorldModel, dtype: th.dtype | None) -> CpuCache:
+    cache = CpuCache(world_model, dtype)
+    cache.tables = world_model._tables()
+    return cache
+
+
 def play(game: ImaginedGame, n_games: int, horizon: int = 2 * CONTEXT) -> list[th.Tensor]:
     """Rewards, ends and tokens of all steps; the context is full in between."""
     random = th.Generator().manual_seed(0)
@@ -107,7 +113,7 @@ def test_features(shape: str, n_threads: int) -> None:
     with th.autocast("cpu", th.bfloat16):
         autocast = world_model.transformer(x, biases=biases).float()
     for dtype in (None, th.bfloat16):
-        cache = CpuCache(Kernels(world_model, dtype))
+        cache = make_cache(world_model, dtype)
         for end in np.cumsum(parts):
             y = cache.features(world_model.transformer, x[:, cache.length : end])
             if dtype is None:
@@ -119,18 +125,18 @@ def test_features(shape: str, n_threads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, th.bfloat16])
+@th.no_grad()
 def test_number_of_threads_changes_nothing(dtype: th.dtype | None) -> None:
     """Not a bit of it, nor does the number of games beside."""
     world_model = make_world_model("all options")
-    kernels = Kernels(world_model, dtype)
     x = th.randn(40, K + 1, world_model.transformer.embed_dim)
     before = th.get_num_threads()
     try:
         features = []
         for n in (1, 2, 3):
             th.set_num_threads(n)
-            features.append(CpuCache(kernels).features(world_model.transformer, x))
-        alone = [CpuCache(kernels).features(world_model.transformer, game) for game in x.split(1)]
+            features.append(make_cache(world_model, dtype).features(world_model.transformer, x))
+        alone = [make_cache(world_model, dtype).features(world_model.transformer, game) for game in x.split(1)]
     finally:
         th.set_num_threads(before)
     assert all(th.equal(features[0], other) for other in (*features[1:], th.cat(alone)))
@@ -184,7 +190,8 @@ def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
     original = CpuCache.sample_frame
 
     def sample_frame(self: CpuCache, *args: Any) -> th.Tensor:
-        calls.append(args)
+        if args[-1] is None:  # what scores held-out steps has a random stream of its own
+            calls.append(args)
         return original(self, *args)
 
     monkeypatch.setattr(CpuCache, "sample_frame", sample_frame)
@@ -194,6 +201,42 @@ def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 11 * 3
     for mine, theirs in zip(ours.policy.parameters(), plain.policy.parameters(), strict=True):
         th.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_learned_game() -> None:
+    """
+    The learned game is imagined by the kernels too, in contexts that hold what the world model has learned until each begins,
+    as PyTorch's do.
+    """
+    model = tiny(FrameEnv(), imagination_horizon=4).learn(40)
+    n_games = 4
+
+    def played(compile: bool) -> list[np.ndarray]:
+        model.compile = compile
+        env = model.get_world_model_env(n_games, seed=0, max_episode_steps=9)
+        assert isinstance(env.game, CpuGame) == compile
+        seen = [np.asarray(env.reset())]
+        actions = np.random.default_rng(0)
+        for t in range(20):
+            if t == 7:
+                with th.no_grad():
+                    for parameter in model.policy.world_model.parameters():
+                        parameter.copy_(parameter.flip(0))
+            env.step_async(actions.integers(2, size=n_games))
+            frames, rewards, dones, _ = env.step_wait()
+            seen += [np.asarray(frames), rewards, dones]
+        return seen
+
+    with th.no_grad():
+        for parameter in model.policy.world_model.parameters():
+            parameter.add_(th.randn_like(parameter))
+    weights = [parameter.clone() for parameter in model.policy.world_model.parameters()]
+    ours = played(True)
+    with th.no_grad():
+        for parameter, weight in zip(model.policy.world_model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    for mine, theirs in zip(ours, played(False), strict=True):
+        assert np.array_equal(mine, theirs)
 
 
 SCRIPT = """

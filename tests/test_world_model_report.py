@@ -36,7 +36,7 @@ def test_report_counts(monkeypatch, tmp_path):
         max_frames = 3
         kept_frames = 1
 
-        def __init__(self, *args):
+        def __init__(self, *args, **kwargs):
             pass
 
         def reset(self, tokens):
@@ -46,7 +46,7 @@ def test_report_counts(monkeypatch, tmp_path):
         def step(self, actions):
             return th.ones(len(actions)), th.ones(len(actions), dtype=th.bool), self.frames
 
-    monkeypatch.setattr("sb3_iris.world_model_env.ImaginedGame", StillGame)
+    monkeypatch.setattr(model, "_imagined_game", StillGame)
     monkeypatch.setattr(model.policy, "predict", lambda obs, *args, **kwargs: (np.ones(len(obs), dtype=int), None))
 
     class FromLeft(Corridor):
