@@ -32,8 +32,9 @@ $(STAMP): setup.py
 demo: venv ## run the demo
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
-test: venv ## fast tests
-	$(BIN)/python -m pytest tests --durations=15 $(ARGS)
+# Files stay together, as their tests share what they have trained
+test: venv ## fast tests, as many files at once as there are cores, up to 8
+	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadfile --durations=15 $(ARGS)
 
 test-slow: venv ## slow tests only
 	$(BIN)/python -m pytest tests -m slow --durations=15 $(ARGS)

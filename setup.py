@@ -56,6 +56,7 @@ setup(
         "cluster": ["ray"],
         "tests": [
             "pytest>=7",
+            "pytest-xdist>=3",
             "hypothesis",
             "mypy>=1.9",
             "ruff>=0.5.6",
