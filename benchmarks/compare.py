@@ -57,6 +57,7 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
     "recurrent_ppo": RecurrentPPO,
 }
 PLAYERS = (*ALGOS, "random")
+CURVE_POINTS = 25
 OURS = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "sign_rewards")  # not the constructor's
 MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 EVALUATION_SEED = 1_000_000
@@ -110,8 +111,8 @@ class RandomPlayer:
 
 class Progress(BaseCallback):
     """
-    Writes down every finished game, and stops after the steps that all algorithms get (what PPO has collected since its last
-    update is then left over, less than one of its rollouts).
+    Writes down every finished game and what rewards come (games can be longer than a run), and stops after the steps that all
+    algorithms get (what PPO has collected since its last update is then left over, less than one of its rollouts).
 
     :param run: The run.
     :param stop: Whether to stop; IRIS ends by itself, and trains on after its last step.
@@ -127,6 +128,8 @@ class Progress(BaseCallback):
             if "episode" in info:
                 game = {"step": self.num_timesteps, "score": float(info["episode"]["r"]), "frames": int(info["episode"]["l"])}
                 self.run.data["training_games"].append(game)
+        point = min((self.num_timesteps - 1) * CURVE_POINTS // self.run.spec["steps"], CURVE_POINTS - 1)
+        self.run.data["training_rewards"][point] += int(np.sign(self.locals["rewards"]).sum())
         self.run.data["steps"] = self.num_timesteps
         self.run.save(at_most_every=10)
         return not self.stop or self.num_timesteps < self.run.spec["steps"]
@@ -257,6 +260,7 @@ def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
     make: Callable[..., BaseAlgorithm] = ALGOS[algo]
     model = make(env=vec_env, seed=spec["seed"], device=device, **kwargs)
     model.set_logger(configure(str(run.folder), ["csv"]))
+    run.data["training_rewards"] = [0] * CURVE_POINTS  # sums of their signs, each of as many steps
     model.learn(spec["steps"], callback=Progress(run, stop=algo != "iris"))
     vec_env.close()
     model.save(run.folder / "model.zip")
@@ -284,8 +288,8 @@ def report(out: Path, reps: int = 2_000) -> str:
         raise ValueError(f"{out} has runs of other or of several protocols in it: {sorted(map(str, protocols))}")
     _, env, steps, eval_games = protocols.pop()
     rows = []
-    figure, axes = plt.subplots(figsize=(6, 4))
-    at = np.linspace(0, steps, 26)[1:]
+    figure, (of_games, of_rewards) = plt.subplots(1, 2, figsize=(11, 4))
+    at = np.linspace(0, steps, CURVE_POINTS + 1)[1:]
 
     def estimates(scores: np.ndarray) -> np.ndarray:
         return np.array([metrics.aggregate_mean(scores), metrics.aggregate_iqm(scores)])
@@ -304,16 +308,24 @@ def report(out: Path, reps: int = 2_000) -> str:
         machine = done[-1]["sessions"][-1]["hardware"]
         rows.append([algo, f"{len(done)} of {len(of_algo)}", *cells, f"{hours:.2f}", str(machine["gpu"] or machine["cpu"])])
         games = [[(game["step"], game["score"]) for game in data["training_games"]] for data in done]
-        cube = np.array([[curve_values(curve, at)] for curve in games])  # (runs, 1, steps)
-        known = ~np.isnan(cube).any(axis=(0, 1))
-        if known.any():
-            mean, band = intervals({algo: cube[..., known]}, lambda scores: scores.mean(axis=(0, 1)), min(reps, 500))
-            axes.plot(at[known], mean[algo], label=algo)
-            axes.fill_between(at[known], *band[algo], alpha=0.2)
-    axes.set_xlabel("env steps")
-    axes.set_ylabel("score, mean of the last 10 training games")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        # Runs of older versions have no rewards
+        rewards = [np.array(data.get("training_rewards", [np.nan] * CURVE_POINTS)) for data in done]
+        for axes, curves in (
+            (of_games, [curve_values(curve, at) for curve in games]),
+            (of_rewards, [curve * CURVE_POINTS / steps * 1000 for curve in rewards]),
+        ):
+            cube = np.array(curves)[:, None]  # (runs, 1, steps)
+            known = ~np.isnan(cube).any(axis=(0, 1))
+            if known.any():
+                mean, band = intervals({algo: cube[..., known]}, lambda scores: scores.mean(axis=(0, 1)), min(reps, 500))
+                axes.plot(at[known], mean[algo], label=algo)
+                axes.fill_between(at[known], *band[algo], alpha=0.2)
+    of_games.set_ylabel("score, mean of the last 10 training games")
+    of_rewards.set_ylabel("sum of reward signs per 1,000 steps")
+    for axes in (of_games, of_rewards):
+        axes.set_xlabel("env steps")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     save(figure, out / "compare")
     header = ["Algorithm", "Runs", "Mean score", "IQM", "Hours a run", "On"]
     markdown = (

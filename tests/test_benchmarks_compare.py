@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from benchmarks import compare, runs
 
+HARDWARE = {"gpu": None, "cpu": "x", "cpus": 2}
 NETWORKS = ("tokenizer", "world_model", "actor_critic")
 
 
@@ -35,6 +37,8 @@ def test_every_algorithm(tmp_path: Path, algo: str) -> None:
     data = runs.read(tmp_path)
     assert data["status"] == "done" and data["steps"] == 240
     assert len(data["evaluation_games"]) == 2 and len(data["training_games"]) > 3
+    scores = sum(game["score"] for game in data["training_games"])
+    assert scores <= sum(data["training_rewards"]) <= scores + 8  # what the last games of up to eight have come to
     assert compare.ALGOS[algo].load(tmp_path / "model.zip").num_timesteps == 240
     if algo == "iris":
         with open(tmp_path / "progress.csv", encoding="utf-8", newline="") as file:
@@ -42,6 +46,33 @@ def test_every_algorithm(tmp_path: Path, algo: str) -> None:
         assert int(last["time/total_timesteps"]) == 240 and float(last["rollout/ep_len_mean"]) > 1
     else:
         assert compare.ALGOS[algo].load(tmp_path / "model.zip")._n_updates > 0 or algo in ("ppo", "recurrent_ppo")
+
+
+def test_rewards_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their signs are counted, each at the part of the run in which it came, and the report draws them per 1,000 steps."""
+    pytest.importorskip("rliable")
+    from benchmarks import report
+
+    path = tmp_path / "ppo" / "seed_0"
+    runs.create({path: spec("ppo") | {"steps": 1000}})
+    run = runs.Run(path)
+    run.data |= {"training_games": [], "training_rewards": [0] * compare.CURVE_POINTS}
+    progress = compare.Progress(run, stop=True)
+    for step, rewards in ((8, [50.0, -2.0, 7.0]), (40, [1.0, 0.0]), (48, [1.0]), (1000, [3.0, 3.0]), (1008, [0.0, -1.0])):
+        progress.num_timesteps = step
+        progress.locals = {"infos": [], "rewards": np.array(rewards)}
+        assert progress._on_step() == (step < 1000)
+    assert run.data["training_rewards"] == [2, 1, *[0] * (compare.CURVE_POINTS - 3), 1]
+    run.data |= {"status": "done", "score": 0.0, "seconds": {"training": 1.0}, "sessions": [{"hardware": HARDWARE}]}
+    run.save()
+    figures: list[Figure] = []
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    compare.report(tmp_path, reps=50)
+    of_games, of_rewards = figures[0].axes
+    assert not of_games.lines
+    steps, per_thousand = map(np.asarray, of_rewards.lines[0].get_data())
+    np.testing.assert_allclose(steps[[0, 1, -1]], [40, 80, 1000])
+    np.testing.assert_allclose(per_thousand, np.array(run.data["training_rewards"]) * 25)
 
 
 @pytest.mark.parametrize("algo", ["iris", "dqn", "recurrent_ppo"])
@@ -136,7 +167,7 @@ def finished(folder: Path, algo: str, seed: int, score: float | None) -> None:
     if score is not None:
         games = [{"step": 10 * i, "score": score, "frames": 9} for i in range(1, 25)]
         data |= {"status": "done", "score": score, "seconds": {"training": 7200.0}, "training_games": games}
-        data["sessions"] = [{"hardware": {"gpu": None, "cpu": "x", "cpus": 2}}]
+        data["sessions"] = [{"hardware": HARDWARE}]
     runs.write_json(path / "run.json", data)
 
 
