@@ -158,7 +158,7 @@ def lambda_returns(rewards: th.Tensor, values: th.Tensor, ends: th.Tensor, gamma
 
 
 def actor_critic_loss(
-    trajectory: ImaginedTrajectory, gamma: float, gae_lambda: float, ent_coef: float, ignore_after_end: bool = False
+    trajectory: ImaginedTrajectory, gamma: float, gae_lambda: float, ent_coef: float
 ) -> tuple[th.Tensor, Logs]:
     """
     REINFORCE with a baseline, value regression and an entropy bonus, means over all steps but the last (Sec. 2.3).
@@ -167,22 +167,19 @@ def actor_critic_loss(
     :param gamma: Discount in [0, 1].
     :param gae_lambda: The lambda of the lambda-returns, in [0, 1].
     :param ent_coef: Weight of the entropy bonus.
-    :param ignore_after_end: Whether the means leave out the steps after a trajectory's first imagined end.
     :return: The loss and what to log of it.
     """
     with th.no_grad():
         returns = lambda_returns(trajectory.rewards, trajectory.values, trajectory.ends, gamma, gae_lambda)[:, :-1]
         going_on = th.ones_like(trajectory.rewards)
         going_on[:, 1:] = (~trajectory.ends[:, :-1]).cumprod(1)
-        weights = going_on[:, :-1].clone() if ignore_after_end else th.ones_like(returns)
-        weights /= weights.sum()
     values = trajectory.values[:, :-1]
     log_probs = F.log_softmax(trajectory.logits[:, :-1], dim=-1)  # (B, T - 1, A)
     chosen = log_probs.gather(-1, trajectory.actions[:, :-1].unsqueeze(-1)).squeeze(-1)
 
-    policy_gradient_loss = -(weights * chosen * (returns - values.detach())).sum()
-    value_loss = (weights * (values - returns).square()).sum()
-    entropy = -(weights.unsqueeze(-1) * log_probs.exp() * log_probs).sum()
+    policy_gradient_loss = -(chosen * (returns - values.detach())).mean()
+    value_loss = F.mse_loss(values, returns)
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
     loss = policy_gradient_loss + value_loss - ent_coef * entropy
     logs = {
         "loss": loss,

@@ -90,8 +90,6 @@ class IRIS(SavingAlgorithm):
     :param device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
     :param tokenizer_learning_stops: Env steps from which on the tokenizer is frozen, so that the world model's language stays
         as it is; None never freezes it, as in the paper.
-    :param ignore_after_end: Whether the actor-critic's loss leaves out what is imagined after an imagined end; the paper's
-        does not. For games whose episodes are as short as the horizon.
     :param uniform_replay: Whether all replayed steps are drawn alike. Else an episode is drawn first, whatever its length, as
         in the paper: where good play makes episodes long, most of what is drawn is then old and bad play.
     :param world_model_recent_share: Share of the world model's segments that begin in the last two collections, in [0, 1]; the
@@ -155,7 +153,6 @@ class IRIS(SavingAlgorithm):
         seed: int | None = None,
         device: th.device | str = "auto",
         tokenizer_learning_stops: int | None = None,
-        ignore_after_end: bool = False,
         uniform_replay: bool = False,
         world_model_recent_share: float = 0.0,
         actor_critic_recent_share: float = 0.0,
@@ -207,7 +204,6 @@ class IRIS(SavingAlgorithm):
         self.eval_temperature = eval_temperature
         self.final_training_epochs = final_training_epochs
         self.perceptual_loss = perceptual_loss
-        self.ignore_after_end = ignore_after_end
         self.uniform_replay = uniform_replay
         self.world_model_recent_share = world_model_recent_share
         self.actor_critic_recent_share = actor_critic_recent_share
@@ -436,7 +432,7 @@ class IRIS(SavingAlgorithm):
         else:
             game = self._imagined_game(policy.observe, self._autocast_dtype)
             trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
-        return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.ignore_after_end)
+        return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef)
 
     def _imagined_game(self, observe: Observe, dtype: th.dtype | None = None, **kwargs: Any) -> ImaginedGame:
         """

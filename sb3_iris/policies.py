@@ -52,8 +52,6 @@ class CnnLstmPolicy(BasePolicy):
         which it learns from sooner; else each position has an embedding of its own, as in the paper.
     :param relative_positions: Whether the world model's attention also goes by how many steps, rows and columns tokens are
         apart, so that what it learns of neighbours at one place holds at all others; the paper's does not.
-    :param ignore_first_frame: Whether the world model's loss leaves out the tokens of a segment's first frame, which cannot be
-        known. The paper's does not; with a short ``sequence_length`` they are most of the loss.
     :param embed_codes: Whether the world model knows tokens by their codebook entries too, so that what it learns of one holds
         for those that look alike; else by embeddings of their own alone, as in the paper.
     :param lstm_hidden_size: Size of the actor-critic's LSTM state.
@@ -87,7 +85,6 @@ class CnnLstmPolicy(BasePolicy):
         dropout: float = 0.1,
         factored_positions: bool = False,
         relative_positions: bool = False,
-        ignore_first_frame: bool = False,
         embed_codes: bool = False,
         lstm_hidden_size: int = 512,
         actor_critic_input: str = "auto",
@@ -151,7 +148,6 @@ class CnnLstmPolicy(BasePolicy):
             self.tokenizer.grid,
             factored_positions,
             relative_positions,
-            ignore_first_frame,
             self.tokenizer.codebook_dim if embed_codes else None,
         )
         self.share_codes()

@@ -163,7 +163,7 @@ def check_hyperparameters(model: "IRIS") -> None:
     seed = model.seed
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32):
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}, or None")
-    for name in ("ignore_after_end", "uniform_replay", "repeat_exploration"):
+    for name in ("uniform_replay", "repeat_exploration"):
         value = getattr(model, name)
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be True or False")
@@ -210,7 +210,7 @@ def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> No
     # These come from the constructor's own arguments
     own = ("observation_space", "action_space", "lr_schedule", "sequence_length", "weight_decay", "eval_temperature")
     known = [name for name in parameters if name not in own]
-    booleans = ("patch_tokenizer", "factored_positions", "relative_positions", "ignore_first_frame", "embed_codes")
+    booleans = ("patch_tokenizer", "factored_positions", "relative_positions", "embed_codes")
     for name, value in policy_kwargs.items():
         settled_later = name == "robust_tokenizer" and value == "auto"  # and left out if the policy has no such argument
         if name in own or not (takes_argument(policy_class, name) or settled_later):

@@ -140,8 +140,6 @@ class WorldModel(nn.Module):
         has an embedding of its own, as in the paper.
     :param relative_positions: Whether attention also goes by how far apart positions are, see ``RelativePositionBias``; the
         paper's does not.
-    :param ignore_first_frame: Whether the loss leaves out the tokens of a segment's first frame, which nothing announces and
-        no imagined game asks for. The paper's does not; in short segments they are most of the loss.
     :param codebook_dim: Dimension of a code if tokens are embedded, and predicted, by a sum: of a vector of their own, and
         of a linear map of their ``codes``. What is learned of a token then holds for those that look alike, rare ones too.
         None: by vectors of their own alone, as in the paper.
@@ -162,12 +160,10 @@ class WorldModel(nn.Module):
         grid: tuple[int, int] | None = None,
         factored_positions: bool = False,
         relative_positions: bool = False,
-        ignore_first_frame: bool = False,
         codebook_dim: int | None = None,
     ) -> None:
         super().__init__()
         assert grid is None or grid[0] * grid[1] == tokens_per_frame, (grid, tokens_per_frame)
-        self.ignore_first_frame = ignore_first_frame
         self.tokens_per_frame = tokens_per_frame
         self.max_length = sequence_length * (tokens_per_frame + 1)
         self.token_embedding = nn.Embedding(codebook_size, embed_dim)
@@ -231,17 +227,13 @@ class WorldModel(nn.Module):
         :param actions: (B, T) int64 in [0, A)
         :return: Predictions for every step.
         """
-        return self._predict(tokens, actions)
-
-    def _predict(self, tokens: th.Tensor, actions: th.Tensor, n_skipped: int = 0) -> WorldModelOutput:
-        """As ``forward``, without logits of the first ``n_skipped`` tokens that can be predicted."""
         B, T, K = tokens.shape
         assert K == self.tokens_per_frame and actions.shape == (B, T), (tokens.shape, actions.shape)
         tables = self._tables()
         x = th.cat([F.embedding(tokens, tables.tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)
         x = x.flatten(1, 2) + tables.positions[: T * (K + 1)]
         x = self.transformer(x, biases=tables.attention_biases).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
-        before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)[:, n_skipped:]
+        before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)
         at_action = x[:, :, K]  # (B, T, D)
         logits = self._token_logits(before_token, tables), self.reward_head(at_action), self.end_head(at_action)
         return WorldModelOutput(*(part.float() for part in logits))
@@ -299,10 +291,9 @@ class WorldModel(nn.Module):
         :return: The loss and what to log of it.
         """
         # The first token of a segment is predicted by nothing, the last action predicts no frame inside the segment
-        first = self.tokens_per_frame if self.ignore_first_frame else 1
-        output = self._predict(tokens, actions, n_skipped=first - 1)
+        output = self(tokens, actions)
         token_logits = output.token_logits[:, :-1]
-        token_labels = tokens.masked_fill(~mask.unsqueeze(-1), PADDED).flatten(1)[:, first:]  # (B, T * K - first)
+        token_labels = tokens.masked_fill(~mask.unsqueeze(-1), PADDED).flatten(1)[:, 1:]  # (B, T * K - 1)
         reward_labels = (rewards.sign().long() + 1).masked_fill(~mask, PADDED)  # (B, T)
         end_labels = terminations.long().masked_fill(~mask, PADDED)  # (B, T)
 

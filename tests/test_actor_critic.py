@@ -232,33 +232,13 @@ def test_loss_by_hand() -> None:
     th.testing.assert_close(logits.grad[:, :-1], (to_policy + to_entropy)[:, :-1] / n)
 
 
-@pytest.mark.parametrize("ignore", [True, False])
-def test_imagined_reward_ends_with_the_game(ignore: bool) -> None:
+def test_imagined_reward_ends_with_the_game() -> None:
     """The reward of the end itself counts, in the last step as well."""
     ends = th.tensor([[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=th.bool)
     rewards = th.tensor([[1.0, 0, 1, -1], [0, 0, 0, -1], [1, -1, -1, -1], [1, 1, 1, 1]])
     trajectory = ImaginedTrajectory(th.zeros(4, 4, dtype=th.int64), rewards, ends, th.zeros(4, 4), th.zeros(4, 4, 2))
-    _, logs = actor_critic_loss(trajectory, 0.9, 0.95, 0.01, ignore_after_end=ignore)
+    _, logs = actor_critic_loss(trajectory, 0.9, 0.95, 0.01)
     assert logs["imagined_reward"].item() == (2 - 1 + 1 + 4) / 4
-
-
-def test_ignore_after_end_leaves_out_what_follows_the_first_end() -> None:
-    """Garbage behind an imagined end changes the default loss, but not the one that ignores it."""
-    th.manual_seed(0)
-    ends = th.tensor([[False, True, False, False, False], [False, False, False, False, False]])
-    trajectory = ImaginedTrajectory(th.randint(3, (2, 5)), th.randn(2, 5).sign(), ends, th.randn(2, 5), th.randn(2, 5, 3))
-    garbage = trajectory._replace(values=trajectory.values.clone(), logits=trajectory.logits.clone())
-    garbage.values[0, 2:4] += 7.0
-    garbage.logits[0, 2:4, 0] += 7.0
-
-    def loss(steps: ImaginedTrajectory, ignore: bool) -> float:
-        return actor_critic_loss(steps, 0.9, 0.95, 0.01, ignore_after_end=ignore)[0].item()
-
-    assert loss(garbage, False) != pytest.approx(loss(trajectory, False), abs=0.1)
-    assert loss(garbage, True) == pytest.approx(loss(trajectory, True), abs=1e-6)
-    # Without any end there is nothing to ignore
-    going_on = trajectory._replace(ends=th.zeros_like(ends))
-    assert loss(going_on, True) == pytest.approx(loss(going_on, False), abs=1e-6)
 
 
 def test_codes_are_not_pooled() -> None:

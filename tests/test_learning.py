@@ -63,7 +63,6 @@ SETTINGS: dict[str, Any] = {
     "ent_coef": 0.01,
     "max_grad_norm": 1.0,
     "final_training_epochs": 1,
-    "ignore_after_end": True,
     "policy_kwargs": {
         "image_size": None,
         "codebook_size": 64,

@@ -434,11 +434,10 @@ def test_world_model_knows_the_codes(tmp_path, patches):
 
 
 def test_world_model_for_short_contexts(tmp_path):
-    options = {name: True for name in ("factored_positions", "relative_positions", "ignore_first_frame")}
+    options = {name: True for name in ("factored_positions", "relative_positions")}
     model = tiny(FrameEnv(), policy_kwargs=options).learn(8)
     model.save(tmp_path / "model")
     loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
-    assert loaded.policy.world_model.ignore_first_frame
     names = ("position_embedding.places.weight", "position_bias.scores.weight")
     assert all(f"world_model.{name}" in parameters(loaded) for name in names)
     assert_equal(parameters(model), parameters(loaded))

@@ -115,7 +115,7 @@ NO_INTEGERS = [1.5, 10.0, "10", None, NAN, INF, True, (5,)]
         *cases(["max_grad_norm"], [0, -1.0, NAN, None, "1"], "above 0.*inf.* does not clip"),
         *cases(["learning_rate"], [-1e-4, NAN, INF, None, "1e-4"], "finite number of at least 0, or a schedule"),
         *cases(["seed"], [-1, 2**32, 1.5, "1", True], "from 0 to 4294967295, or None"),
-        *cases(["ignore_after_end", "uniform_replay", "repeat_exploration"], [1, 0, None, "True"], "True or False"),
+        *cases(["uniform_replay", "repeat_exploration"], [1, 0, None, "True"], "True or False"),
         *cases(["perceptual_loss"], ["LPIPS", "vgg", 3], "'auto', 'lpips', None or a function"),
     ],
 )

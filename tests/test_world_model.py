@@ -116,11 +116,10 @@ def test_codes_are_embedded_and_predicted() -> None:
     assert not th.allclose(world_model(tokens, actions).token_logits, plain(tokens, actions).token_logits)
 
 
-@pytest.mark.parametrize("ignore_first_frame", [False, True])
 @pytest.mark.parametrize("tokens_per_frame", [1, 2, K])
-def test_loss_position_by_position(tokens_per_frame: int, ignore_first_frame: bool) -> None:
+def test_loss_position_by_position(tokens_per_frame: int) -> None:
     """Two segments of two steps, the second one half padding: labels, shift and mask by an explicit walk along positions."""
-    world_model = make_world_model(tokens_per_frame, ignore_first_frame=ignore_first_frame)
+    world_model = make_world_model(tokens_per_frame)
     tokens, actions, *_ = make_batch(2, 2, tokens_per_frame)
     rewards = th.tensor([[3.5, -0.2], [0.0, 9.0]])
     reward_classes = [[2, 0], [1, 2]]
@@ -149,11 +148,10 @@ def test_loss_position_by_position(tokens_per_frame: int, ignore_first_frame: bo
                     predict("end", world_model.end_head(feature), int(terminations[b, t]))
                 if t == 0 and mask[b, 1]:
                     predict("token", world_model.token_head(feature), int(tokens[b, 1, 0]))
-            elif k < tokens_per_frame - 1 and mask[b, t] and not (t == 0 and ignore_first_frame):  # all but the last token
+            elif k < tokens_per_frame - 1 and mask[b, t]:  # all but the last token
                 predict("token", world_model.token_head(feature), int(tokens[b, t, k + 1]))
     # padding hides the second step of the second segment, and no frame's first token is predicted before the first action
-    n_tokens = tokens_per_frame if ignore_first_frame else 3 * tokens_per_frame - 2
-    assert [len(entropies[name]) for name in ("token", "reward", "end")] == [n_tokens, 3, 3]
+    assert [len(entropies[name]) for name in ("token", "reward", "end")] == [3 * tokens_per_frame - 2, 3, 3]
 
     loss, logs = world_model.loss(tokens, actions, rewards, terminations, mask)
     for name in entropies:
