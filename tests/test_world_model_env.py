@@ -319,8 +319,9 @@ def test_record_video(model, tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
 
 
-def test_untrained_says_so_and_plays():
-    model = tiny(FrameEnv(), **NO_TRAINING).learn(8)
+@pytest.mark.parametrize("patches", [False, True])
+def test_untrained_says_so_and_plays(patches):
+    model = tiny(FrameEnv(), policy_kwargs={"patch_tokenizer": patches}, **NO_TRAINING).learn(8)
     with pytest.warns(UserWarning) as warned:
         env = model.get_world_model_env(2)
     assert [str(w.message).split(" is")[0] for w in warned] == ["The tokenizer", "The world model"]
@@ -329,6 +330,13 @@ def test_untrained_says_so_and_plays():
 
 
 def test_trained_says_nothing(model, recwarn):
+    model.get_world_model_env(2)
+    assert not recwarn.list
+
+
+def test_patches_are_trained(recwarn):
+    model = tiny(FrameEnv(), policy_kwargs={"patch_tokenizer": True}).learn(8)
+    recwarn.clear()
     model.get_world_model_env(2)
     assert not recwarn.list
 
