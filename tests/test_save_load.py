@@ -434,8 +434,7 @@ def test_world_model_knows_the_codes(tmp_path, patches):
 
 
 def test_world_model_for_short_contexts(tmp_path):
-    options = {name: True for name in ("factored_positions", "relative_positions")}
-    model = tiny(FrameEnv(), policy_kwargs=options).learn(8)
+    model = tiny(FrameEnv(), policy_kwargs={"factored_positions": True, "relative_positions": True}).learn(8)
     model.save(tmp_path / "model")
     loaded = IRIS.load(tmp_path / "model", env=FrameEnv())
     names = ("position_embedding.places.weight", "position_bias.scores.weight")
