@@ -46,7 +46,7 @@ class HeldOut:
     ``imagination_horizon`` real steps, or up to the episode's end if that comes first, mean over all windows completed in the
     last ``EPOCHS`` epochs. Both end where the episode does: what is imagined behind an end has no real
     counterpart. Windows that a time limit cuts short are left out. Real windows begin with every step of the latest play,
-    imagined ones with steps of episodes drawn uniformly from the whole buffer.
+    imagined ones where training begins them, by default with steps of episodes drawn uniformly from the whole buffer.
     """
 
     def __init__(self) -> None:

@@ -102,7 +102,7 @@ class IRIS(SavingAlgorithm):
         squared (temporally-extended epsilon-greedy, https://arxiv.org/abs/2006.01782); the paper takes it once. For games
         whose rewards a random walk does not come to. ``exploration_rate`` is then how often such a stretch begins.
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
-        ``"auto"``: bfloat16 where the hardware computes it and the networks are large enough to gain, float32 elsewhere.
+        ``"auto"``: bfloat16 where the hardware computes it, on a CPU if ``embed_dim`` is 256 or more too; else float32.
         ``predict`` and collection are always in float32.
     :param compile: Whether to use ``torch.compile`` in training, which ``"auto"`` does on a GPU, and, unless this is False, to
         imagine in a CUDA graph or, on a CPU, by kernels that a C++ compiler makes once. On a GPU it takes a few minutes at the

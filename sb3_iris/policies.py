@@ -31,7 +31,8 @@ class CnnLstmPolicy(BasePolicy):
     :param sequence_length: Steps in the world model's context.
     :param weight_decay: Weight decay of the world model's ``Linear`` weights.
     :param eval_temperature: Temperature at which ``predict`` samples when it is not deterministic.
-    :param image_size: Side in pixels to which every observation is resized; None keeps the environment's own height and width.
+    :param image_size: Side in pixels to which every observation is resized, small ones too; None keeps the environment's own
+        height and width.
     :param codebook_size: Number of frame tokens V.
     :param codebook_dim: Dimension of a codebook entry.
     :param latent_channels: Channels that the tokenizer's convolutions hand to the codebook's; ``codebook_dim`` if None.
@@ -44,6 +45,7 @@ class CnnLstmPolicy(BasePolicy):
         ``"auto"``: where ``IRIS`` has no perceptual loss. After construction its ``policy_kwargs`` say which of the two it is.
     :param patch_tokenizer: Whether tokens are the frame's patches of 2 ** (levels - 1) pixels a side, see ``PatchTokenizer``:
         for games drawn from few tiles. ``codebook_size`` is how many at most, no other size of the tokenizer counts.
+        ``image_size`` must be None, or divide both sides of the environment's images.
     :param n_layers: Transformer blocks of the world model.
     :param n_heads: Attention heads per block.
     :param embed_dim: Embedding size of the world model; a multiple of ``n_heads``.
@@ -57,7 +59,8 @@ class CnnLstmPolicy(BasePolicy):
     :param lstm_hidden_size: Size of the actor-critic's LSTM state.
     :param actor_critic_input: What the actor-critic sees: ``"frames"`` as the tokenizer decodes them, the paper's, or
         ``"codes"``, the codebook's entries for the frame's tokens on their grid, which saves all decoding. ``"auto"``: codes
-        if a side of the image has less than 32 pixels, where the paper's four max-pools would leave a single position.
+        if a side of the image, resized to ``image_size`` or not, has less than 32 pixels, where the paper's four max-pools
+        would leave a single position.
     :raises ValueError: If a size is not positive, or sizes do not go together.
     """
 
@@ -114,6 +117,11 @@ class CnnLstmPolicy(BasePolicy):
             raise ValueError(f"actor_critic_input={actor_critic_input!r} must be 'frames', 'codes' or 'auto'")
         channels, height, width = observation_space.shape
         if image_size is not None:
+            if patch_tokenizer and (height % image_size or width % image_size):  # else a pixel is the mean of whole ones
+                raise ValueError(
+                    f"image_size={image_size}, but patch_tokenizer=True wants images drawn from tiles, and resizing {height}x{width} "
+                    f"images to {image_size}x{image_size} blurs them: take image_size=None, which keeps their size"
+                )
             height = width = image_size
         check_network_sizes(height, width, channel_multipliers, embed_dim, n_heads, dropout)
         self.image_space = spaces.Box(0, 255, (channels, height, width), dtype=np.uint8)

@@ -39,15 +39,15 @@ class WorldModelVecEnv(VecEnv):
     The games are those of the model as it is now: training it further changes them. Images below 36 pixels are too small for
     the features extractor of SB3's ``CnnPolicy``; ``benchmarks/dream_ppo.py`` gives it another one.
 
-    :param model: The model; its replay buffer gives the first frames, drawn like those of its own imagination.
+    :param model: The model; its replay buffer gives the first frames, from all play that it holds.
     :param n_envs: Number of games.
     :param max_episode_steps: Steps after which an episode is truncated, None for never.
     :param temperature: Temperature of all sampling from the world model; 0 takes the most likely class.
     :param start_observations: Frames to start from instead, each as likely as the other: uint8 images of the environment's
         or the model's size, channels first or last, (n, C, H, W).
-    :param kept_frames: Frames that stay in the world model's context when it is full; None for those of half the context. In
-        measurements these followed the real game as long as a window that slides with each step, at a quarter of the time.
-        Going on from 1 frame alone, as the paper's imagination does, saves little more and forgets what a frame does not show.
+    :param kept_frames: Frames that stay in the world model's context when it is full; None for those of half the context,
+        which reads far less anew than a window that slides with each step. Going on from 1 frame alone, as the paper's
+        imagination does, saves little more and forgets what a frame does not show.
     :param render_mode: ``"rgb_array"`` or None.
     :param seed: Seed of the first ``reset``; see ``seed`` for later ones.
     :raises ValueError: If an argument does not fit, or there is no frame to start from.

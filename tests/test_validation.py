@@ -1,6 +1,7 @@
 """Bad input is refused before anything is trained, with the argument's name, its value and the way out."""
 
 import re
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -221,6 +222,35 @@ def test_image_size_of_the_env():
 
     with pytest.raises(ValueError, match=r"image_size.*8x10.*divisible by 4"):
         tiny(Env(), policy_kwargs={"image_size": None})
+
+
+@pytest.mark.parametrize(
+    "height, width, whole", [(8, 8, True), (16, 24, True), (8, 10, False), (4, 8, False), (12, 12, False)]
+)
+def test_patches_of_resized_images(height: int, width: int, whole: bool) -> None:
+    """A tile stays one only where a pixel is the mean of whole ones; else patches would be blurred, and no two alike."""
+
+    class Env(FrameEnv):
+        observation_space = spaces.Box(0, 255, (height, width, 3), np.uint8)
+
+    patches = {"patch_tokenizer": True, "channel_multipliers": (1, 1)}
+    if whole:
+        tiny(Env(), policy_kwargs={**patches, "image_size": 8})
+    else:
+        with pytest.raises(ValueError, match=rf"image_size=8\b.*patch_tokenizer=True.*{height}x{width}.*image_size=None"):
+            tiny(Env(), policy_kwargs={**patches, "image_size": 8})
+    tiny(Env(), policy_kwargs={**patches, "image_size": None})
+
+
+def test_days_on_a_cpu() -> None:
+    """Settings with which a run takes days are said to."""
+    never = {f"{network}_learning_starts": 10**9 for network in NETWORKS} | {"final_training_epochs": 0}
+    for n_steps, warned in ((10**12, True), (0, False)):
+        model = tiny(FrameEnv(), **never, **{f"{network}_gradient_steps": n_steps for network in NETWORKS})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.learn(4)
+        assert any("would take about" in str(warning.message) for warning in caught) == warned
 
 
 @pytest.mark.parametrize(
