@@ -244,9 +244,10 @@ def test_patches_of_resized_images(height: int, width: int, whole: bool) -> None
 
 def test_days_on_a_cpu() -> None:
     """Settings with which a run takes days are said to."""
-    never = {f"{network}_learning_starts": 10**9 for network in NETWORKS} | {"final_training_epochs": 0}
+    never: dict[str, Any] = {f"{network}_learning_starts": 10**9 for network in NETWORKS} | {"final_training_epochs": 0}
     for n_steps, warned in ((10**12, True), (0, False)):
-        model = tiny(FrameEnv(), **never, **{f"{network}_gradient_steps": n_steps for network in NETWORKS})
+        gradient_steps: dict[str, Any] = {f"{network}_gradient_steps": n_steps for network in NETWORKS}
+        model = tiny(FrameEnv(), **never, **gradient_steps)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model.learn(4)
