@@ -119,8 +119,8 @@ class CnnLstmPolicy(BasePolicy):
         if image_size is not None:
             if patch_tokenizer and (height % image_size or width % image_size):  # else a pixel is the mean of whole ones
                 raise ValueError(
-                    f"image_size={image_size}, but patch_tokenizer=True wants images drawn from tiles, and resizing {height}x{width} "
-                    f"images to {image_size}x{image_size} blurs them: take image_size=None, which keeps their size"
+                    f"image_size={image_size}, but patch_tokenizer=True wants images drawn from tiles, and resizing "
+                    f"{height}x{width} images to {image_size}x{image_size} blurs them: take image_size=None, which keeps their size"
                 )
             height = width = image_size
         check_network_sizes(height, width, channel_multipliers, embed_dim, n_heads, dropout)
