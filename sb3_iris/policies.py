@@ -120,7 +120,7 @@ class CnnLstmPolicy(BasePolicy):
             if patch_tokenizer and (height % image_size or width % image_size):  # else a pixel is the mean of whole ones
                 raise ValueError(
                     f"image_size={image_size}, but patch_tokenizer=True wants images drawn from tiles, and resizing "
-                    f"{height}x{width} images to {image_size}x{image_size} blurs them: take image_size=None, which keeps their size"
+                    f"{height}x{width} images to {image_size}x{image_size} blurs them: image_size=None keeps their size"
                 )
             height = width = image_size
         check_network_sizes(height, width, channel_multipliers, embed_dim, n_heads, dropout)
