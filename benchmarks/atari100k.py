@@ -191,7 +191,7 @@ def evaluate(run: runs.Run, model: IRIS) -> None:
     spec, data = run.spec, run.data
     data["status"] = "evaluating"
     games = data["evaluation_games"]
-    model.policy.eval_temperature = spec["config"]["eval_temperature"]
+    model.eval_temperature = spec["config"]["eval_temperature"]
     env = make_atari_env(spec["game"], evaluation=True)
     while len(games) < spec["eval_games"]:
         began = time.monotonic()

@@ -104,7 +104,9 @@ def main() -> None:
     env_kwargs = {name: literal(value) for name, _, value in (pair.partition("=") for pair in args.env_kwargs)}
 
     def real_env() -> VecEnv:
-        return VecTransposeImage(make_vec_env(lambda: make_env(args.env, env_kwargs), 10, seed=1_000 + args.seed))
+        return VecTransposeImage(
+            make_vec_env(lambda: make_env(args.env, env_kwargs, model.observation_space), 10, seed=1_000 + args.seed)
+        )
 
     model = IRIS.load(args.model, device=args.device)
     if args.replay_buffer is not None:

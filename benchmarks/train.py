@@ -27,13 +27,6 @@ import sb3_iris  # noqa: E402
 CONFIG = ROOT / "benchmarks" / "hyperparams" / "iris.yml"
 
 
-class IRIS(sb3_iris.IRIS):
-    """IRIS as the zoo calls it: its ``-i`` passes one argument more, meant for hindsight replay, to every replay buffer."""
-
-    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
-        super().load_replay_buffer(path)
-
-
 class ExperimentManager(rl_zoo3.exp_manager.ExperimentManager):
     """The zoo's manager with our settings file. For IRIS its ``env_kwargs`` hold in evaluations too, and beside given ones."""
 
@@ -97,7 +90,7 @@ def convert_iris_params(params: dict[str, Any]) -> dict[str, Any]:
 def plug_in() -> None:
     """Make ``iris`` an algorithm of the installed zoo, and MinAtar's games known to it."""
     minatar.gym.register_envs()
-    rl_zoo3.ALGOS["iris"] = IRIS
+    rl_zoo3.ALGOS["iris"] = sb3_iris.IRIS
     HYPERPARAMS_SAMPLER["iris"] = sample_iris_params
     HYPERPARAMS_CONVERTER["iris"] = convert_iris_params  # type: ignore[assignment]
     rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]

@@ -34,7 +34,7 @@ def main() -> None:
     env_kwargs = {name: literal(value) for name, _, value in (pair.partition("=") for pair in args.env_kwargs)}
 
     model = IRIS.load(args.model, device=args.device)
-    env = make_vec_env(lambda: make_env(args.env, env_kwargs), args.n_envs)
+    env = make_vec_env(lambda: make_env(args.env, env_kwargs, model.observation_space), args.n_envs)
     report = world_model_report(
         model, env, args.steps, args.horizon, args.temperature, kept_frames=args.kept_frames, seed=args.seed
     )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_iris.checkpoint_folder import find_checkpoints
+from sb3_iris.checkpoint_folder import FolderLock, find_checkpoints
 from sb3_iris.checkpoints import save_checkpoint
+from sb3_iris.validation import refuse_events
 
 if TYPE_CHECKING:
     from sb3_iris.iris import IRIS
@@ -30,6 +31,7 @@ class RunCheckpointCallback(BaseCallback):
         After the last collection a training phase counts like the steps of an epoch. At the end of ``learn`` there is one too.
     :param save_path: Folder of the checkpoints of this run alone.
     :param verbose: 0: silent, 1: say when a checkpoint is written.
+    :raises ValueError: At the beginning of ``learn``, if there are checkpoints of another run in the folder.
     """
 
     model: "IRIS"  # type: ignore[assignment]
@@ -47,9 +49,18 @@ class RunCheckpointCallback(BaseCallback):
         self._handlers: dict[int, Any] = {}
 
     def _init_callback(self) -> None:
+        folder = self.save_path.resolve()
+        if find_checkpoints(folder):
+            lock = self.model._checkpoint_lock  # a model that has written there, or comes from there, has the folder's
+            if lock is None or lock is not FolderLock.of(folder):
+                raise ValueError(
+                    f"save_path={str(self.save_path)!r} has checkpoints of another run, which would be removed: go on with "
+                    "that run, IRIS.resume(save_path, env), or choose another folder"
+                )
         self.model._run_checkpoints.append(self)
 
     def _on_training_start(self) -> None:
+        refuse_events(self)
         self._position = self._received = None
         self._in_collection = False
         self._saved_at = self._time()

@@ -148,17 +148,23 @@ def _torch_generators(model: "IRIS") -> dict[str, th.Generator]:
 
 
 def _arguments(model: "IRIS | type[IRIS]") -> list[str]:
-    """Names of the constructor's arguments that a checkpoint holds."""
-    names = inspect.signature(model.__init__).parameters  # type: ignore[misc]
+    """Names of the constructor's arguments that a checkpoint holds; of a subclass, those too that it passes on."""
+    names: list[str] = []
+    for base in (model if isinstance(model, type) else type(model)).__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            names += [name for name in named if name not in names]
+            if len(named) == len(parameters):
+                break
     return [name for name in names if name not in ("self", "policy", "env", "device", "_init_setup_model")]
 
 
 def _manifest(model: "IRIS") -> dict[str, Any]:
     """Everything that is no array."""
     buffer = model.replay_buffer
-    values = {
-        name: getattr(model, "_stats_window_size" if name == "stats_window_size" else name) for name in _arguments(model)
-    }
+    arguments = {name: "_stats_window_size" if name == "stats_window_size" else name for name in _arguments(model)}
+    values = {name: getattr(model, attribute) for name, attribute in arguments.items() if hasattr(model, attribute)}
     if buffer.buffer_size != max(model.buffer_size // model.n_envs, 1):  # it came from a file, with a size of its own
         values["buffer_size"] = buffer.buffer_size * model.n_envs
     aliases = [name for name, policy_class in model.policy_aliases.items() if policy_class is model.policy_class]
@@ -169,7 +175,7 @@ def _manifest(model: "IRIS") -> dict[str, Any]:
     numpy_state: Any = np.random.get_state(legacy=True)
     manifest = {
         "arguments": saved,
-        "not_saved": sorted(values.keys() - saved.keys()),
+        "not_saved": sorted({*arguments, *values} - saved.keys()),
         "env": [model.n_envs, buffer.n_actions, *buffer.obs_shape],
         "buffer": [buffer.n_added, buffer.size()],
         "counters": {name: getattr(model, name) for name in COUNTERS},
@@ -187,7 +193,7 @@ def _manifest(model: "IRIS") -> dict[str, Any]:
             "action_space": model.action_space.np_random.bit_generator.state,
         },
     }
-    return json.loads(json.dumps(manifest, default=_plain))
+    return json.loads(json.dumps(manifest, default=_plain, skipkeys=True))  # an env may say anything about its episodes
 
 
 def _plain(value: Any) -> Any:
@@ -196,7 +202,7 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         return value.tolist()
-    return str(value)  # in what an env says about its episodes
+    return str(value)
 
 
 def _is_json(value: Any) -> bool:
@@ -253,8 +259,8 @@ def _restore(
     missing = [name for name in manifest["not_saved"] if name not in kwargs]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)}: code and classes are not in a checkpoint, so they must be given again, as in "
-            f"IRIS.resume(path, env, {missing[0]}=...)"
+            f"{', '.join(missing)}: code and classes are not in a checkpoint, nor what the model does not keep, so they must "
+            f"be given again, as in IRIS.resume(path, env, {missing[0]}=...)"
         )
     unknown = sorted(arguments.keys() - {*_arguments(cls), "policy"})
     if unknown:

@@ -1,7 +1,9 @@
 """IRIS as a Stable-Baselines3 algorithm: it plays, and it trains what plays."""
 
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -147,7 +149,7 @@ class IRIS(SavingAlgorithm):
         final_training_epochs: int = 100,
         perceptual_loss: str | PerceptualLoss | None = "auto",
         stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
+        tensorboard_log: str | os.PathLike[str] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         verbose: int = 0,
         seed: int | None = None,
@@ -173,7 +175,7 @@ class IRIS(SavingAlgorithm):
             learning_rate,
             policy_kwargs=tuples_to_lists(policy_kwargs or {}),
             stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
+            tensorboard_log=None if tensorboard_log is None else os.fspath(tensorboard_log),
             verbose=verbose,
             device=device,
             support_multi_env=True,
@@ -224,6 +226,17 @@ class IRIS(SavingAlgorithm):
             self.policy_kwargs.setdefault("robust_tokenizer", "auto")
             self._setup_model()
 
+    @property
+    def eval_temperature(self) -> float:
+        """Temperature of the sampling of ``predict(..., deterministic=False)``."""
+        return self.__dict__["eval_temperature"]  # where ``load`` puts it
+
+    @eval_temperature.setter
+    def eval_temperature(self, value: float) -> None:
+        self.__dict__["eval_temperature"] = value
+        if hasattr(self, "policy"):
+            self.policy.eval_temperature = value
+
     @classmethod
     def _get_policy_from_name(cls, policy_name: str) -> type[BasePolicy]:
         if policy_name not in cls.policy_aliases:
@@ -250,6 +263,10 @@ class IRIS(SavingAlgorithm):
             saved.to(self.device)
             saved.uniform = self.uniform_replay
         else:
+            if saved is not None:
+                warnings.warn(
+                    f"The replay buffer in the file is of {saved.n_envs} environments, env has {self.n_envs}: it is left out"
+                )
             self.replay_buffer = SequenceReplayBuffer(
                 self.buffer_size, self.policy.image_space, self.action_space, self.device, self.n_envs, self.uniform_replay
             )
@@ -310,10 +327,15 @@ class IRIS(SavingAlgorithm):
             new_obs, rewards, dones, infos = self.env.step(actions)
             if self._vec_normalize_env is not None:
                 rewards = self._vec_normalize_env.get_original_reward()
+            if not np.isfinite(rewards).all():
+                raise ValueError(
+                    f"env gave the rewards {rewards.tolist()} after {self.num_timesteps} steps: IRIS wants finite numbers, so "
+                    "clip or replace the others in the environment"
+                )
             truncated = dones & np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
             self.replay_buffer.add(obs, actions, rewards, dones & ~truncated, truncated, episode_starts)
             self._last_obs = new_obs  # type: ignore[assignment]
-            self._last_episode_starts = dones
+            self._last_episode_starts = dones.copy()  # the env may write to it
             self.num_timesteps += self.n_envs
             self._episode_num += int(dones.sum())
             self._update_info_buffer(infos, dones)
@@ -520,7 +542,7 @@ class IRIS(SavingAlgorithm):
         while self.num_timesteps < at.last_step or at.epoch_end is not None or at.final_epochs_left > 0:
             is_final = self.num_timesteps >= at.last_step and at.epoch_end is None
             if is_final:
-                progress = progress_at_end - (at.final_epochs_left - 1) * self.train_freq
+                progress = max(progress_at_end - (at.final_epochs_left - 1) * self.train_freq, self.num_timesteps)
             else:
                 if at.epoch_end is None:
                     at.epoch_end = min(self.num_timesteps + self.train_freq, at.last_step)
@@ -529,7 +551,8 @@ class IRIS(SavingAlgorithm):
                     break
                 self._held_out.look(self, n_steps)
                 progress = self.num_timesteps
-            self._update_current_progress_remaining(progress, progress_at_end)
+            # Many environments can take more steps than were asked for
+            self._update_current_progress_remaining(min(progress, progress_at_end), progress_at_end)
             self.train()
             at.epoch_end = None
             at.final_epochs_left -= is_final

@@ -15,10 +15,12 @@ import argparse
 import ast
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_iris.atari_wrappers import make_atari_env
@@ -106,10 +108,12 @@ def describe(keys: dict[Any, int]) -> str:
     return ", ".join(f"{word}: {action}" for word, action in zip(words, keys.values(), strict=True))
 
 
-def make_env(name: str, kwargs: dict[str, Any]) -> gym.Env:
+def make_env(name: str, kwargs: dict[str, Any], observation_space: gym.spaces.Space) -> gym.Env:
     """
-    :param name: A name registered with Gymnasium, Atari games with the preprocessing of this package; or ``module:function``.
+    :param name: A name registered with Gymnasium, or ``module:function``.
     :param kwargs: Arguments of the environment or the function.
+    :param observation_space: What the model sees: an Atari game has the preprocessing of this package unless the model is one
+        of images of another size, as of those that Gymnasium gives by this name.
     :return: The real game.
     :raises ValueError: If the function returns a vector environment.
     """
@@ -122,8 +126,9 @@ def make_env(name: str, kwargs: dict[str, Any]) -> gym.Env:
     if not name.startswith("ALE/"):
         return gym.make(name, **kwargs)
     atari = make_atari_env(name, **{"evaluation": True, **kwargs})
-    assert isinstance(atari, DummyVecEnv)
-    return atari.envs[0]
+    assert isinstance(atari, DummyVecEnv) and atari.observation_space.shape is not None
+    height, width, channels = atari.observation_space.shape
+    return atari.envs[0] if observation_space.shape == (channels, height, width) else gym.make(name, **kwargs)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -147,8 +152,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     pairs = [pair.partition("=") for pair in args.env_kwargs]
     if not all(separator for _, separator, _ in pairs):
         parser.error(f"--env-kwargs {' '.join(args.env_kwargs)}: write each as NAME=VALUE")
-    if args.record and not args.agent:
-        parser.error(f"--record {args.record}: without a window there are no keys, so add --agent")
+    if args.fps < 1:
+        parser.error(f"--fps {args.fps}: it must be at least 1")
+    if args.record:
+        if not args.agent:
+            parser.error(f"--record {args.record}: without a window there are no keys, so add --agent")
+        if Path(args.record).suffix not in (".gif", ".mp4") or not Path(args.record).absolute().parent.is_dir():
+            parser.error(f"--record {args.record}: name a file that ends in .gif or .mp4, in a folder that there is")
     args.env_kwargs = {name: literal(value) for name, _, value in pairs}
     return args
 
@@ -166,8 +176,9 @@ def make_window(args: argparse.Namespace) -> tuple[Window, dict[Any, int]]:
     :param args: What ``parse_args`` gave.
     :return: The game as the window shows it, and its keys.
     """
-    real = make_env(args.env, args.env_kwargs)
-    model = IRIS.load(args.model, env=real, device=args.device)
+    model = IRIS.load(args.model, device=args.device)
+    real = make_env(args.env, args.env_kwargs, model.observation_space)
+    check_for_correct_spaces(model._wrap_env(real, monitor_wrapper=False), model.observation_space, model.action_space)
     keys = keys_to_action(real)
     env: gym.Env = real
     if not args.real:

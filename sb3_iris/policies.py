@@ -30,7 +30,7 @@ class CnnLstmPolicy(BasePolicy):
     :param lr_schedule: Learning rate of all three optimizers; called with the remaining progress, 1 to 0.
     :param sequence_length: Steps in the world model's context.
     :param weight_decay: Weight decay of the world model's ``Linear`` weights.
-    :param eval_temperature: Temperature at which ``predict`` samples when it is not deterministic.
+    :param eval_temperature: Temperature at which ``predict`` samples when it is not deterministic; the model sets it.
     :param image_size: Side in pixels to which every observation is resized, small ones too; None keeps the environment's own
         height and width.
     :param codebook_size: Number of frame tokens V.
@@ -182,7 +182,7 @@ class CnnLstmPolicy(BasePolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         """What ``save`` needs to remember for ``load``; learning rates belong to the algorithm."""
-        return {**self._arguments, "lr_schedule": self._dummy_schedule}
+        return {**self._arguments, "lr_schedule": self._dummy_schedule, "eval_temperature": self.eval_temperature}
 
     def seed(self, seed: int) -> None:
         """

@@ -37,11 +37,12 @@ class SavingAlgorithm(BaseAlgorithm):
             if file is not path:
                 file.close()
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
         Load a replay buffer; no code in the file can run. What is played next begins a new episode.
 
         :param path: File or file object from ``save_replay_buffer``.
+        :param truncate_last_traj: SB3's, which is for other buffers than this one: the last episode is always cut off.
         :raises ValueError: If it is no replay buffer of this algorithm, or one of other images or number of environments.
         """
         file = open_path(path, "r", self.verbose, suffix="pkl")
@@ -135,7 +136,7 @@ class SavingAlgorithm(BaseAlgorithm):
         try:
             archive = zipfile.ZipFile(file) if zipfile.is_zipfile(file) else None
             names = [] if archive is None else archive.namelist()
-            data = archive.read("data") if archive is not None and "data" in names and "policy_kwargs" in kwargs else b"{}"
+            data = archive.read("data") if archive is not None and "data" in names else b"{}"
             file.seek(0)
         finally:
             if file is not path:
@@ -145,13 +146,16 @@ class SavingAlgorithm(BaseAlgorithm):
                 f"path={path!r} was not saved by IRIS: its optimizers are not in it. Load it with the class that saved it, "
                 "or with IRIS.load_reference_checkpoint if it comes from the authors' program"
             )
-        if "policy_kwargs" in kwargs:
-            given = tuples_to_lists(kwargs["policy_kwargs"] or {})
+        custom_objects = None if custom_objects is None else {**custom_objects}
+        for changes in (kwargs, custom_objects):
+            if changes is None or "policy_kwargs" not in changes:
+                continue
+            given = tuples_to_lists(changes["policy_kwargs"] or {})
             if given.get("robust_tokenizer", "auto") == "auto":  # it was settled when the model was made
                 given.pop("robust_tokenizer", None)
                 saved = json.loads(data).get("policy_kwargs", {})
                 given |= {name: value for name, value in saved.items() if name == "robust_tokenizer"}
-            kwargs["policy_kwargs"] = given
+            changes["policy_kwargs"] = given
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     @classmethod

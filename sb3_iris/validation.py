@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_iris.type_aliases import NETWORKS
@@ -122,6 +123,19 @@ def check_network_sizes(
         raise ValueError(f"n_heads={n_heads} does not divide embed_dim={embed_dim}: make embed_dim a multiple of n_heads")
     if not (isinstance(dropout, Real) and 0 <= dropout < 1):
         raise ValueError(f"dropout={dropout!r} must be a number in [0, 1)")
+
+
+def refuse_events(callback: BaseCallback) -> None:
+    """
+    :param callback: A callback that works at ends of collections.
+    :raises ValueError: If it is part of one that tells it of steps only.
+    """
+    if isinstance(callback.parent, EventCallback):
+        name, parent = type(callback).__name__, type(callback.parent).__name__
+        raise ValueError(
+            f"{name} in {parent} would do nothing: it works at ends of collections, of which {parent} tells it nothing. "
+            "Give it to learn() itself; it has a frequency of its own"
+        )
 
 
 def check_hyperparameters(model: "IRIS") -> None:

@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import TensorBoardOutputFormat
 from torch.utils.tensorboard.summary import Summary  # type: ignore[attr-defined]
 
 from sb3_iris.type_aliases import SequenceSamples
-from sb3_iris.validation import check_positive
+from sb3_iris.validation import check_positive, refuse_events
 from sb3_iris.world_model_env import make_game, reconstruct, to_bytes, to_images, to_rgb
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ class WorldModelCallback(BaseCallback):
         self._last_look = 0
 
     def _on_training_start(self) -> None:
+        refuse_events(self)
         self._rng = np.random.default_rng(self.seed)
         self._generator = th.Generator(self.model.device).manual_seed(self.seed)
         self._last_look = self.num_timesteps

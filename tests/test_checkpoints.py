@@ -15,14 +15,16 @@ import pytest
 import torch as th
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_iris import IRIS, CnnLstmPolicy, RunCheckpointCallback
 from sb3_iris.buffers import BLOCK_STEPS
 from sb3_iris.checkpoint_folder import MANIFEST, find_checkpoints
+from sb3_iris.visualization import WorldModelCallback
 from tests.presets import (
     NO_TRAINING,
     SIZE,
@@ -572,3 +574,81 @@ def test_no_warnings_of_its_own(tmp_path):
         warnings.simplefilter("error")
         model.save_checkpoint(tmp_path)
         IRIS.resume(tmp_path, FrameEnv(), device="cpu")
+
+
+class PassesOn(IRIS):
+    """As users write subclasses."""
+
+    def __init__(self, *args: Any, bonus: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bonus = bonus
+
+
+class KeepsNothing(IRIS):
+    """An argument that leaves no trace."""
+
+    def __init__(self, policy: Any, env: Any, bonus: float, **kwargs: Any) -> None:
+        super().__init__(policy, env, **kwargs)
+
+
+def test_subclass(tmp_path):
+    """What it passes on to ``IRIS`` is in the checkpoint too."""
+    original = tiny(FrameEnv())
+    kwargs = {name: getattr(original, name) for name in ("train_freq", "sequence_length", "burn_in", "imagination_horizon")}
+    kwargs |= {"policy_kwargs": original.policy_kwargs, "buffer_size": 50, "gamma": 0.75, "device": "cpu", **NO_TRAINING}
+    model = PassesOn("CnnPolicy", FrameEnv(), bonus=2.0, **kwargs)
+    model.learn(6).save_checkpoint(tmp_path / "passes_on")
+    resumed = PassesOn.resume(tmp_path / "passes_on", FrameEnv(), device="cpu")
+    assert (resumed.bonus, resumed.gamma, resumed.num_timesteps) == (2.0, 0.75, 6)
+    KeepsNothing("CnnPolicy", FrameEnv(), 2.0, **kwargs).learn(6).save_checkpoint(tmp_path / "keeps_nothing")
+    with pytest.raises(ValueError, match=r"bonus: .* must be given again"):
+        KeepsNothing.resume(tmp_path / "keeps_nothing", FrameEnv(), device="cpu")
+    assert KeepsNothing.resume(tmp_path / "keeps_nothing", FrameEnv(), device="cpu", bonus=2.0).gamma == 0.75
+
+
+def test_path_of_the_log(tmp_path):
+    tiny(FrameEnv(), tensorboard_log=tmp_path / "logs").learn(8).save_checkpoint(tmp_path / "run")
+    assert IRIS.resume(tmp_path / "run", FrameEnv(), device="cpu").tensorboard_log == str(tmp_path / "logs")
+
+
+def test_what_the_env_says_of_its_episodes(tmp_path):
+    """Whatever it is, it costs no checkpoint; what JSON cannot name is left out."""
+
+    class Env(FrameEnv):
+        def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+            *others, info = super().step(action)
+            return *others, {**info, "visits": {np.int64(action): 1, "all": np.float32(2)}}  # type: ignore[return-value]
+
+    model = tiny(Monitor(Env(), info_keywords=("visits",))).learn(8)
+    model.save_checkpoint(tmp_path)
+    resumed = IRIS.resume(tmp_path, Monitor(Env(), info_keywords=("visits",)), device="cpu")
+    assert model.ep_info_buffer is not None and resumed.ep_info_buffer is not None
+    assert [info["r"] for info in resumed.ep_info_buffer] == [info["r"] for info in model.ep_info_buffer] != []
+    assert resumed.ep_info_buffer[0]["visits"] == {"all": 2}
+
+
+def test_folder_of_another_run(tmp_path):
+    """Its checkpoints stay; one that comes from there, or has written there, may write."""
+    holders = [tiny(FrameEnv()).learn(8, RunCheckpointCallback(4, tmp_path))]
+    before = [path.name for path in find_checkpoints(tmp_path)]
+    env = FrameEnv()
+    for other in (tiny(env), tiny(env)):  # the second time no model holds the folder
+        with pytest.raises(ValueError, match=r"has checkpoints of another run.*IRIS\.resume"):
+            other.learn(8, RunCheckpointCallback(4, tmp_path))
+        holders.clear()
+    assert env.n_steps == 0
+    assert [path.name for path in find_checkpoints(tmp_path)] == before
+    resumed = IRIS.resume(tmp_path, FrameEnv(), device="cpu")
+    resumed.learn(8, RunCheckpointCallback(4, tmp_path), reset_num_timesteps=False)
+    resumed.learn(8, RunCheckpointCallback(4, tmp_path), reset_num_timesteps=False)
+    assert find_checkpoints(tmp_path)[0].name.endswith("_24_steps")
+
+
+@pytest.mark.parametrize("make", [lambda path: RunCheckpointCallback(4, path), lambda path: WorldModelCallback(4, path)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_inside_a_callback_that_knows_steps_only(tmp_path, make, nested):
+    callback = make(tmp_path)
+    env = FrameEnv()
+    with pytest.raises(ValueError, match=r"in EveryNTimesteps would do nothing.*Give it to learn"):
+        tiny(env).learn(8, EveryNTimesteps(4, CallbackList([callback]) if nested else callback))
+    assert env.n_steps == 0

@@ -1,5 +1,6 @@
 """Playing in a window: what it shows, which keys it takes, and the command itself on a screen that is not there."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sb3_iris import IRIS, play
 from sb3_iris.visualization import with_text
 from sb3_iris.world_model_env import WorldModelEnv, reconstruct
 from tests.corridor import LENGTH, Corridor, corridor_frame, learned_model, position_in
-from tests.presets import FrameEnv
+from tests.presets import SIZE, FrameEnv, tiny
 
 COMMAND = ("--env", "tests.corridor:Corridor", "--seed", "0", "--device", "cpu", "--temperature", "0")
 
@@ -103,15 +104,27 @@ def test_keys_in_words(pygame):
 
 
 def test_make_env():
-    assert isinstance(play.make_env("tests.presets:FrameEnv", {"length": 3}), FrameEnv)
-    assert play.make_env("CartPole-v1", {}).spec.id == "CartPole-v1"
-    breakout = play.make_env("ALE/Breakout-v5", {})
+    seen = gym.spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    assert isinstance(play.make_env("tests.presets:FrameEnv", {"length": 3}, seen), FrameEnv)
+    assert play.make_env("CartPole-v1", {}, seen).spec.id == "CartPole-v1"
+    breakout = play.make_env("ALE/Breakout-v5", {}, seen)
     assert breakout.observation_space.shape == (64, 64, 3)
     assert play.keys_to_action(breakout) == {("e",): 0, (" ",): 1, ("d",): 2, ("a",): 3}
     with pytest.raises(gym.error.Error):
-        play.make_env("NoSuchGame-v0", {})
+        play.make_env("NoSuchGame-v0", {}, seen)
     with pytest.raises(ValueError, match="makes a DummyVecEnv: name a function that returns a single environment"):
-        play.make_env("tests.presets:frame_envs", {})
+        play.make_env("tests.presets:frame_envs", {}, seen)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_game_that_gymnasium_made(tmp_path, real):
+    """``IRIS("CnnPolicy", "ALE/Pong-v5")`` sees other images than ``make_atari_env`` gives, and is played with its own."""
+    tiny("ALE/Pong-v5").learn(4).save(tmp_path / "pong")
+    options = ["--env", "ALE/Pong-v5", "--agent", "--device", "cpu", *(["--real"] if real else [])]
+    window, _ = play.make_window(play.parse_args([str(tmp_path / "pong.zip"), *options]))
+    observation, _ = window.reset(seed=0)
+    assert observation.shape == ((210, 160, 3) if real else (3, SIZE, SIZE))
+    assert len(play.record(window, 2)) > 1
 
 
 def test_arguments(capsys):
@@ -140,6 +153,23 @@ def test_record_wants_an_agent(capsys):
     with pytest.raises(SystemExit):
         play.parse_args(["m.zip", "--env", "x", "--record", "game.gif"])
     assert "--record game.gif: without a window there are no keys, so add --agent" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--record", "game"], "--record game: name a file that ends in .gif or .mp4"),
+        (
+            ["--record", "no/such/folder/game.gif"],
+            "--record no/such/folder/game.gif: name a file .* in a folder that there is",
+        ),
+        (["--fps", "0"], "--fps 0: it must be at least 1"),
+    ],
+)
+def test_arguments_that_only_the_end_would_miss(options, said, capsys):
+    with pytest.raises(SystemExit):
+        play.parse_args(["m.zip", "--env", "x", "--agent", *options])
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_model_of_other_images(path):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch as th
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
-from stable_baselines3.common.vec_env import VecFrameStack
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack
 
 from sb3_iris import IRIS, CnnLstmPolicy
 from sb3_iris.atari_wrappers import make_atari_env
@@ -26,6 +27,7 @@ from tests.presets import (
     frame_env,
     frame_envs,
     parameters,
+    steps_in_buffer,
     tiny,
 )
 
@@ -382,3 +384,45 @@ def test_shares_of_a_batch(name, method, share, rewarded_share, n_envs, expected
     model = tiny(frame_envs(n_envs), sequence_length=3, imagination_horizon=5, **settings).learn(8)
     within = model.sequence_length if name == "world_model" else model.imagination_horizon
     assert set(asked) == {Starts(*expected, within)}
+
+
+@pytest.mark.parametrize("reward", [np.inf, -np.inf, np.nan, 1e39])
+def test_rewards_that_are_no_numbers(reward):
+    """A checkpoint with them could not be read, and their signs mean nothing."""
+    model = tiny(frame_envs(bonus=reward))
+    with pytest.raises(ValueError, match=r"env gave the rewards \[(inf|-inf|nan)\] after 0 steps.*finite"):
+        model.learn(8)
+    assert model.replay_buffer.size() == 0
+
+
+@pytest.mark.parametrize("n_envs, final_epochs", [(1, 0), (1, 2), (3, 0), (16, 0), (16, 1), (16, 4)])
+def test_progress_of_many_environments(n_envs, final_epochs):
+    """It falls to 0 and not below, though environments together take more steps than were asked for."""
+    seen: list[float] = []
+
+    def schedule(progress: float) -> float:
+        seen.append(progress)
+        return 1e-3 * progress**0.5
+
+    model = tiny(frame_envs(n_envs), learning_rate=schedule, final_training_epochs=final_epochs)
+    seen.clear()
+    model.learn(20)
+    assert seen == sorted(seen, reverse=True) and seen[-1] == 0 and seen[0] < 1
+
+
+def test_dones_that_the_env_refills():
+    """What it hands out is its own memory."""
+
+    class Refills(VecEnvWrapper):
+        def reset(self) -> Any:
+            self.dones = np.zeros(self.num_envs, dtype=bool)
+            return self.venv.reset()
+
+        def step_wait(self) -> Any:
+            observations, rewards, dones, infos = self.venv.step_wait()
+            self.dones[:] = dones
+            return observations, rewards, self.dones, infos
+
+    runs = [tiny(wrap(frame_envs(2))).learn(24) for wrap in (Refills, lambda env: env)]
+    assert_equal(*map(steps_in_buffer, runs))
+    assert steps_in_buffer(runs[0])["episode_starts"][:, 0].tolist() == [t % 5 == 0 for t in range(12)]

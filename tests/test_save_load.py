@@ -1,5 +1,6 @@
 """Saving and loading models, parameters, policies and replay buffers."""
 
+import copy
 import io
 import pickle
 
@@ -17,6 +18,7 @@ from sb3_iris import IRIS, CnnLstmPolicy
 from tests.presets import (
     NETWORKS,
     NO_TRAINING,
+    SETTINGS,
     SIZE,
     SIZES,
     FrameEnv,
@@ -492,3 +494,42 @@ def test_save_in_the_middle(tmp_path):
     loaded.learn(4, reset_num_timesteps=False)
     assert loaded.num_timesteps == 10
     assert th.isfinite(th.cat([p.flatten() for p in loaded.policy.parameters()])).all()
+
+
+def test_eval_temperature(tmp_path):
+    """Setting it takes effect at once, and so it stays in all kinds of files."""
+    model = tiny(FrameEnv(), **NO_TRAINING).learn(4)
+    model.eval_temperature = 0.25
+    assert model.policy.eval_temperature == 0.25
+    model.save(tmp_path / "model")
+    model.save_checkpoint(tmp_path / "run")
+    model.policy.save(tmp_path / "policy")
+    for loaded in (IRIS.load(tmp_path / "model"), IRIS.resume(tmp_path / "run", FrameEnv(), device="cpu")):
+        assert loaded.eval_temperature == loaded.policy.eval_temperature == 0.25
+    assert IRIS.load(tmp_path / "model", eval_temperature=2.0).policy.eval_temperature == 2.0
+    assert CnnLstmPolicy.load(tmp_path / "policy").eval_temperature == 0.25
+
+
+def test_policy_kwargs_as_they_were_given(tmp_path):
+    """Without what was settled when the model was made, by either way to give them."""
+    given = {name: value for name, value in SIZES.items() if name != "robust_tokenizer"}
+    IRIS("CnnPolicy", FrameEnv(), policy_kwargs=given, **SETTINGS).save(tmp_path / "model")
+    for kwargs in ({"policy_kwargs": given}, {"custom_objects": {"policy_kwargs": given}}):
+        before = copy.deepcopy(kwargs)
+        assert IRIS.load(tmp_path / "model", **kwargs).policy.tokenizer.robust is True
+        assert kwargs == before
+
+
+def test_replay_buffer_of_other_environments(tmp_path):
+    """It cannot be kept, which is said."""
+    tiny(frame_envs(2)).learn(8).save(tmp_path / "model", include=["replay_buffer"])
+    with pytest.warns(UserWarning, match="of 2 environments, env has 1: it is left out"):
+        assert IRIS.load(tmp_path / "model", env=frame_envs(1)).replay_buffer.size() == 0
+
+
+def test_replay_buffer_as_the_zoo_loads_it(tmp_path):
+    model = tiny(FrameEnv()).learn(8)
+    model.save_replay_buffer(tmp_path / "buffer")
+    other = tiny(FrameEnv())
+    other.load_replay_buffer(tmp_path / "buffer", truncate_last_traj=False)
+    assert_equal(steps_in_buffer(other), steps_in_buffer(model))
