@@ -287,7 +287,7 @@ def test_patches_have_no_perceptual_loss(fake_lpips):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for loss in ("auto", None):
-            make_model(loss, patch_tokenizer=True).learn(4)
+            make_model(loss, patch_tokenizer=True, image_size=8).learn(4)
     for given in ("lpips", nn.functional.mse_loss):
         with pytest.raises(ValueError, match=r"does not go with patch_tokenizer=True.*leave it out") as error:
             make_model(given, patch_tokenizer=True)
