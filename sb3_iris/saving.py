@@ -136,7 +136,8 @@ class SavingAlgorithm(BaseAlgorithm):
         try:
             archive = zipfile.ZipFile(file) if zipfile.is_zipfile(file) else None
             names = [] if archive is None else archive.namelist()
-            data = archive.read("data") if archive is not None and "data" in names else b"{}"
+            changed = "policy_kwargs" in {**kwargs, **(custom_objects or {})}
+            data = archive.read("data") if archive is not None and "data" in names and changed else b"{}"
             file.seek(0)
         finally:
             if file is not path:
