@@ -31,7 +31,8 @@ class RunCheckpointCallback(BaseCallback):
         After the last collection a training phase counts like the steps of an epoch. At the end of ``learn`` there is one too.
     :param save_path: Folder of the checkpoints of this run alone.
     :param verbose: 0: silent, 1: say when a checkpoint is written.
-    :raises ValueError: At the beginning of ``learn``, if there are checkpoints of another run in the folder.
+    :raises ValueError: At the beginning of ``learn``, if there are checkpoints of another run in the folder, or if this is
+        part of a callback such as SB3's ``EveryNTimesteps``.
     """
 
     model: "IRIS"  # type: ignore[assignment]
@@ -51,7 +52,7 @@ class RunCheckpointCallback(BaseCallback):
     def _init_callback(self) -> None:
         folder = self.save_path.resolve()
         if find_checkpoints(folder):
-            lock = self.model._checkpoint_lock  # a model that has written there, or comes from there, has the folder's
+            lock = self.model._checkpoint_lock  # the folder's, if the model has written there or was resumed from there
             if lock is None or lock is not FolderLock.of(folder):
                 raise ValueError(
                     f"save_path={str(self.save_path)!r} has checkpoints of another run, which would be removed: go on with "

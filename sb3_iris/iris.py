@@ -495,7 +495,8 @@ class IRIS(SavingAlgorithm):
         :param reset_num_timesteps: Whether to count steps from zero; False goes on with the run.
         :param progress_bar: Show a bar of the env steps and one of each training phase.
         :return: The model itself.
-        :raises ValueError: If an argument does not fit, or the model was loaded without an environment.
+        :raises ValueError: If an argument does not fit, the model was loaded without an environment, or that gives rewards
+            which are no finite numbers.
         :raises FloatingPointError: If a loss or a gradient is not finite. The networks are then spoilt.
         """
         check_learn_arguments(self.env, total_timesteps, log_interval)

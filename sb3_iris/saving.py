@@ -136,8 +136,8 @@ class SavingAlgorithm(BaseAlgorithm):
         try:
             archive = zipfile.ZipFile(file) if zipfile.is_zipfile(file) else None
             names = [] if archive is None else archive.namelist()
-            changed = "policy_kwargs" in {**kwargs, **(custom_objects or {})}
-            data = archive.read("data") if archive is not None and "data" in names and changed else b"{}"
+            wanted = "policy_kwargs" in {**kwargs, **(custom_objects or {})}
+            data = archive.read("data") if archive is not None and "data" in names and wanted else b"{}"
             file.seek(0)
         finally:
             if file is not path:
@@ -147,9 +147,9 @@ class SavingAlgorithm(BaseAlgorithm):
                 f"path={path!r} was not saved by IRIS: its optimizers are not in it. Load it with the class that saved it, "
                 "or with IRIS.load_reference_checkpoint if it comes from the authors' program"
             )
-        custom_objects = None if custom_objects is None else {**custom_objects}
+        custom_objects = {**(custom_objects or {})}
         for changes in (kwargs, custom_objects):
-            if changes is None or "policy_kwargs" not in changes:
+            if "policy_kwargs" not in changes:
                 continue
             given = tuples_to_lists(changes["policy_kwargs"] or {})
             if given.get("robust_tokenizer", "auto") == "auto":  # it was settled when the model was made

@@ -195,6 +195,8 @@ class WorldModelCallback(BaseCallback):
     :param horizon: Imagined steps in the video.
     :param n_segments: Segments in the video, one above the other.
     :param seed: Seed of the callback's own random streams.
+    :raises ValueError: If a number is not positive, or, at the beginning of ``learn``, if this is part of a callback such as
+        SB3's ``EveryNTimesteps``.
     """
 
     def __init__(
