@@ -25,7 +25,7 @@ from sb3_iris.world_model import WorldModel
 class CastWorldModel:
     """
     A world model's copy whose linear layers have the weights to which autocast would cast those of the original, so that they
-    are cast once a trajectory and not in every pass. (With ``embed_codes`` the token head's last weights are sums of such.)
+    are cast once a trajectory and not in every pass.
 
     :param original: The world model that is trained.
     :param dtype: Type that autocast casts to; None for none.

@@ -369,13 +369,8 @@ class IRIS(SavingAlgorithm):
                 optimizer = getattr(self.policy, f"{name}_optimizer")
                 self._train_network(name, getattr(self.policy, name), optimizer, losses[name], n_steps)
                 if name == "tokenizer":
-                    self._forget_tokens()
+                    self.replay_buffer.forget_tokens()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-
-    def _forget_tokens(self) -> None:
-        """The tokenizer may have changed: what has been kept of it is out of date."""
-        self.replay_buffer.forget_tokens()
-        self.policy.share_codes()
 
     def _train_network(
         self,
@@ -517,7 +512,7 @@ class IRIS(SavingAlgorithm):
             progress = LearnProgress(self.num_timesteps, total_timesteps, final_epochs, final_epochs)
         self._learn_progress, self._resumed = progress, False
         # The networks may have been changed from outside since the last call, or a training phase of it interrupted
-        self._forget_tokens()
+        self.replay_buffer.forget_tokens()
         self.policy.set_training_mode(False)
         if progress_bar:
             self._progress_bar = tqdm(

@@ -54,8 +54,6 @@ class CnnLstmPolicy(BasePolicy):
         which it learns from sooner; else each position has an embedding of its own, as in the paper.
     :param relative_positions: Whether the world model's attention also goes by how many steps, rows and columns tokens are
         apart, so that what it learns of neighbours at one place holds at all others; the paper's does not.
-    :param embed_codes: Whether the world model knows tokens by their codebook entries too, so that what it learns of one holds
-        for those that look alike; else by embeddings of their own alone, as in the paper.
     :param lstm_hidden_size: Size of the actor-critic's LSTM state.
     :param actor_critic_input: What the actor-critic sees: ``"frames"`` as the tokenizer decodes them, the paper's, or
         ``"codes"``, the codebook's entries for the frame's tokens on their grid, which saves all decoding. ``"auto"``: codes
@@ -88,7 +86,6 @@ class CnnLstmPolicy(BasePolicy):
         dropout: float = 0.1,
         factored_positions: bool = False,
         relative_positions: bool = False,
-        embed_codes: bool = False,
         lstm_hidden_size: int = 512,
         actor_critic_input: str = "auto",
     ) -> None:
@@ -156,9 +153,7 @@ class CnnLstmPolicy(BasePolicy):
             self.tokenizer.grid,
             factored_positions,
             relative_positions,
-            self.tokenizer.codebook_dim if embed_codes else None,
         )
-        self.share_codes()
         sees_codes = actor_critic_input == "codes" or (actor_critic_input == "auto" and min(height, width) < 32)
         input_shape = (self.tokenizer.codebook_dim, *self.tokenizer.grid) if sees_codes else image_shape
         self.actor_critic = ActorCritic(input_shape, n_actions, lstm_hidden_size, sees_codes)
@@ -216,12 +211,6 @@ class CnnLstmPolicy(BasePolicy):
         :return: (..., C, H, W) float32 in [0, 1] on the policy's device
         """
         return th.as_tensor(observations, device=self.device).float() / 255
-
-    @th.no_grad()
-    def share_codes(self) -> None:
-        """Let a world model that knows tokens by their codes know those of a tokenizer that has been trained."""
-        if self.world_model.codes is not None:
-            self.world_model.codes.copy_(self.tokenizer.all_codes())
 
     @th.no_grad()
     def observe(self, tokens: th.Tensor) -> th.Tensor:

@@ -256,13 +256,7 @@ class BaseTokenizer(nn.Module):
         :param tokens: (..., K) int64 in [0, V), raster order
         :return: (..., codebook_dim, h, w) float32, what an actor-critic that sees codes sees
         """
-        return F.embedding(tokens, self.all_codes()).transpose(-2, -1).unflatten(-1, self.grid)
-
-    def all_codes(self) -> th.Tensor:
-        """
-        :return: (V, codebook_dim) float32 without gradients, the code of each token as in ``codes``
-        """
-        return self.quantizer.codebook.detach()
+        return F.embedding(tokens, self.quantizer.codebook.detach()).transpose(-2, -1).unflatten(-1, self.grid)
 
     def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
         """
@@ -304,9 +298,9 @@ class PatchTokenizer(BaseTokenizer):
         to_patches, to_frame = nn.PixelUnshuffle(patch_size), nn.PixelShuffle(patch_size)
         super().__init__(image_shape, patch_size, nn.Sequential(to_patches), quantizer, nn.Sequential(to_frame))
 
-    def all_codes(self) -> th.Tensor:
-        """Pixels in [0, 1]: where the background is black, the other networks then need not learn to overlook it."""
-        return (super().all_codes() + 1) / 2
+    def codes(self, tokens: th.Tensor) -> th.Tensor:
+        """As pixels in [0, 1]: where the background is black, the actor-critic then need not learn to overlook it."""
+        return (super().codes(tokens) + 1) / 2
 
     def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
         """

@@ -140,12 +140,7 @@ class WorldModel(nn.Module):
         has an embedding of its own, as in the paper.
     :param relative_positions: Whether attention also goes by how far apart positions are, see ``RelativePositionBias``; the
         paper's does not.
-    :param codebook_dim: Dimension of a code if tokens are embedded, and predicted, by a sum: of a vector of their own, and
-        of a linear map of their ``codes``. What is learned of a token then holds for those that look alike, rare ones too.
-        None: by vectors of their own alone, as in the paper.
     """
-
-    codes: th.Tensor | None  # (V, codebook_dim) float32, what tokens stand for; whoever trains the tokenizer sets them
 
     def __init__(
         self,
@@ -160,7 +155,6 @@ class WorldModel(nn.Module):
         grid: tuple[int, int] | None = None,
         factored_positions: bool = False,
         relative_positions: bool = False,
-        codebook_dim: int | None = None,
     ) -> None:
         super().__init__()
         assert grid is None or grid[0] * grid[1] == tokens_per_frame, (grid, tokens_per_frame)
@@ -182,10 +176,6 @@ class WorldModel(nn.Module):
         self.token_head = self._make_head(embed_dim, codebook_size)
         self.reward_head = self._make_head(embed_dim, 3)
         self.end_head = self._make_head(embed_dim, 2)
-        self.register_buffer("codes", None if codebook_dim is None else th.zeros(codebook_size, codebook_dim))
-        if codebook_dim is not None:
-            self.code_embedding = nn.Linear(codebook_dim, embed_dim, bias=False)
-            self.code_head = nn.Linear(codebook_dim, embed_dim, bias=False)
         self.apply(self._init_weights)
 
     @staticmethod
@@ -208,11 +198,10 @@ class WorldModel(nn.Module):
     def _tables(self) -> Tables:
         output = self.token_head[-1]
         assert isinstance(output, nn.Linear)
-        tokens, outputs = self.token_embedding.weight, output.weight
-        if self.codes is not None:
-            tokens, outputs = tokens + self.code_embedding(self.codes), outputs + self.code_head(self.codes)
         attention_biases = self.position_bias() if self.position_bias is not None else None
-        return Tables(tokens, self.position_embedding.weight, outputs, output.bias, attention_biases)
+        return Tables(
+            self.token_embedding.weight, self.position_embedding.weight, output.weight, output.bias, attention_biases
+        )
 
     def _token_logits(self, x: th.Tensor, tables: Tables) -> th.Tensor:
         """Features (..., D) to logits of the token that follows, (..., V)."""

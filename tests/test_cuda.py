@@ -64,7 +64,7 @@ def assert_same(ours: ImaginedTrajectory, plain: ImaginedTrajectory) -> None:
 @pytest.mark.parametrize("options", [False, True])
 def test_graph_plays_as_plain_imagination_does(actor_critic_input: str, options: bool) -> None:
     """The same trajectories from the same random stream, also once weights, contexts, horizon and batch are others."""
-    more = ("factored_positions", "relative_positions", "embed_codes")
+    more = ("factored_positions", "relative_positions")
     model = make(policy_kwargs={"actor_critic_input": actor_critic_input, **dict.fromkeys(more, options)})
     strong(model)
     graph = ImaginationGraph()
@@ -119,7 +119,7 @@ def agreement(model: IRIS, dtype: th.dtype | None, compile: bool) -> float:
 def test_rounding_otherwise_makes_few_other_games(
     dtype: th.dtype | None, compile: bool, options: bool, monkeypatch: Any
 ) -> None:
-    model = strong(make(policy_kwargs=dict.fromkeys(("factored_positions", "relative_positions", "embed_codes"), options)))
+    model = strong(make(policy_kwargs=dict.fromkeys(("factored_positions", "relative_positions"), options)))
     with th.no_grad():
         for parameter in model.policy.world_model.parameters():
             parameter.add_(0.3 * th.randn_like(parameter))

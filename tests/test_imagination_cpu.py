@@ -32,7 +32,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "grid": (2, 3),
         "factored_positions": True,
         "relative_positions": True,
-        "codebook_dim": 5,
     },
     "large heads": {"embed_dim": 140, "n_layers": 1, "n_heads": 1},
     "odd sizes": {"embed_dim": 15, "n_layers": 2, "n_heads": 3},
@@ -53,8 +52,6 @@ def make_world_model(shape: str) -> WorldModel:
             if isinstance(module, nn.LayerNorm):
                 module.weight.add_(1)
         world_model.get_parameter("token_head.2.weight").mul_(3)
-        if world_model.codes is not None:
-            world_model.codes.normal_()
     return world_model
 
 

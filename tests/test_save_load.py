@@ -421,20 +421,6 @@ def test_patch_tokenizer(tmp_path):
     assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
 
 
-@pytest.mark.parametrize("patches", [False, True])
-def test_world_model_knows_the_codes(tmp_path, patches):
-    """Those of the tokenizer as it has been trained last, and a loaded one knows them at once."""
-    model = tiny(FrameEnv(), policy_kwargs={"embed_codes": True, "patch_tokenizer": patches})
-    before = model.policy.world_model.codes.clone()
-    model.learn(8)
-    assert not th.equal(model.policy.world_model.codes, before)
-    assert th.equal(model.policy.world_model.codes, model.policy.tokenizer.all_codes())
-    model.save(tmp_path / "model")
-    loaded = IRIS.load(tmp_path / "model", env=FrameEnv(), device="cpu")
-    assert th.equal(loaded.policy.world_model.codes, model.policy.world_model.codes)
-    assert loaded.learn(8, reset_num_timesteps=False).num_timesteps == 16
-
-
 def test_world_model_for_short_contexts(tmp_path):
     model = tiny(FrameEnv(), policy_kwargs={"factored_positions": True, "relative_positions": True}).learn(8)
     model.save(tmp_path / "model")

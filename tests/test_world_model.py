@@ -12,7 +12,6 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"grid": (2, 2), "factored_positions": True},
     {"grid": (2, 2), "relative_positions": True},
-    {"codebook_dim": 5},
 ]
 
 
@@ -95,25 +94,6 @@ def test_relative_positions() -> None:
             assert th.equal(scores[:, to, of], same), (to, of)
     assert len({tuple(numbers.tolist()) for numbers in found.values()}) == len(found)
     assert scores[scores.isfinite()].std() == pytest.approx(0.2, rel=0.2)  # ten times what is learned
-
-
-@th.no_grad()
-def test_codes_are_embedded_and_predicted() -> None:
-    """It is the paper's model, of tokens whose vectors are their own and the image of their codes."""
-    world_model, plain = make_world_model(codebook_dim=5), make_world_model()
-    codes = world_model.codes
-    assert codes is not None and codes.shape == (V, 5)
-    extra = plain.load_state_dict(world_model.state_dict(), strict=False)
-    assert sorted(extra.unexpected_keys) == ["code_embedding.weight", "code_head.weight", "codes"] and not extra.missing_keys
-    output = plain.token_head[-1]
-    assert isinstance(output, nn.Linear)
-    for token in range(V):
-        plain.token_embedding.weight[token] += world_model.code_embedding.weight @ codes[token]
-        output.weight[token] += world_model.code_head.weight @ codes[token]
-    tokens, actions, *_ = make_batch(2, 3)
-    th.testing.assert_close(world_model(tokens, actions), plain(tokens, actions))
-    codes += 1
-    assert not th.allclose(world_model(tokens, actions).token_logits, plain(tokens, actions).token_logits)
 
 
 @pytest.mark.parametrize("tokens_per_frame", [1, 2, K])
@@ -224,7 +204,7 @@ def test_steps_equal_one_pass(n_unread: int, options: dict[str, Any]) -> None:
 @th.no_grad()
 def test_cache_that_is_begun_anew() -> None:
     """A game that goes on after the model was trained: from its next context on it is that of the new weights."""
-    world_model = make_world_model(codebook_dim=5, grid=(2, 2), factored_positions=True, relative_positions=True)
+    world_model = make_world_model(grid=(2, 2), factored_positions=True, relative_positions=True)
     tokens, actions, *_ = make_batch(2, 1)
     cache = world_model.make_cache()
     world_model.step_action(tokens[:, 0], actions[:, 0], cache)
