@@ -16,6 +16,7 @@ is there and runs nothing.
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -356,6 +357,7 @@ def main() -> int:
     if not args.report:
         if min(args.steps, args.eval_games, args.jobs) < 1 or min(args.seeds) < 0:
             raise ValueError("--steps, --eval-games and --jobs must be at least 1, and --seeds at least 0")
+        args.env = re.sub(r"^ALE/(.+)-v5$|^(MinAtar/.+)-v1$", r"\1\2", args.env)  # Gymnasium's names
         kind, _, game = args.env.rpartition("/")
         if kind not in ("", "MinAtar") or (kind == "MinAtar" and game not in MINATAR):
             raise ValueError(f"--env {args.env}: give an Atari game, or MinAtar/ and one of {', '.join(MINATAR)}")

@@ -196,6 +196,19 @@ def test_unknown_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("env", "name"), [("ALE/Amidar-v5", "Amidar"), ("MinAtar/Freeway-v1", "MinAtar/Freeway")])
+def test_names_as_in_gymnasium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str, name: str) -> None:
+    """The same run by either name."""
+    specs: list[dict[Path, dict[str, Any]]] = []
+    monkeypatch.setattr(runs, "create", specs.append)
+    monkeypatch.setattr(runs, "run_all", lambda *args: 0)
+    monkeypatch.setattr(compare, "report", lambda out: "")
+    for given in (env, name):
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out"), "--env", given])
+        assert compare.main() == 0
+    assert specs[0] == specs[1] and {spec["env"] for spec in specs[0].values()} == {name}
+
+
 @pytest.mark.parametrize(("env", "preset"), [("Pong", "desktop"), ("MinAtar/Breakout", "laptop")])
 def test_unknown_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str, preset: str) -> None:
     monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out"), "--env", env, "--preset", preset])
