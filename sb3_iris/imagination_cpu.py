@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from sb3_iris.imagination import ImaginedGame
 from sb3_iris.transformer import Block
 from sb3_iris.type_aliases import Observe
-from sb3_iris.world_model import Tables, WorldModel, WorldModelCache
+from sb3_iris.world_model import WorldModel, WorldModelCache
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -144,23 +144,25 @@ class Kernels:
     A world model as the kernels want it, with the weights that it has now.
 
     :param world_model: One in evaluation mode on the CPU.
-    :param tables: What it looks up, of the same weights.
+    :param attention_biases: Its ``attention_biases()``, of the same weights.
     :param dtype: Type of factors in products of matrices: ``th.bfloat16``, or None for float32. Sums and all else are float32,
         and so is all where a head has an odd size.
     :raises RuntimeError: If the kernels cannot be compiled or loaded here.
     """
 
-    def __init__(self, world_model: WorldModel, tables: Tables, dtype: th.dtype | None) -> None:
+    def __init__(
+        self, world_model: WorldModel, attention_biases: tuple[th.Tensor, ...] | None, dtype: th.dtype | None
+    ) -> None:
         self.library = library()
         self._kept: list[th.Tensor] = []  # what the kernels are given the addresses of
         transformer = world_model.transformer
         in_pairs = dtype == th.bfloat16 and transformer.embed_dim // transformer.n_heads % 2 == 0
         self.dtype = th.bfloat16 if in_pairs else th.float32
         with th.no_grad():
-            biases = tables.attention_biases or [None] * len(transformer.blocks)
+            biases = attention_biases or [None] * len(transformer.blocks)
             blocks = [self._block(block, bias) for block, bias in zip(transformer.blocks, biases, strict=True)]
-            first = world_model.token_head[0]
-            assert isinstance(first, nn.Linear)
+            first, _, last = world_model.token_head
+            assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
             self.model = _Model(
                 transformer.embed_dim,
                 transformer.n_heads,
@@ -171,9 +173,9 @@ class Kernels:
                 (_Block * len(blocks))(*blocks),
                 self._norm(transformer.ln_out),
                 self._linear(first.weight, first.bias),
-                self._linear(tables.outputs, tables.output_bias),
-                self._address(tables.tokens),
-                self._address(tables.positions),
+                self._linear(last.weight, last.bias),
+                self._address(world_model.token_embedding.weight),
+                self._address(world_model.position_embedding.weight),
             )
         self.cache_size = self.library.cache_size(ctypes.byref(self.model))
 
@@ -208,8 +210,8 @@ class Kernels:
 
 class CpuCache(WorldModelCache):
     """
-    A cache that the kernels read and write: one memory of all blocks, (B, cache size) float32. Like the tables, the kernels'
-    weights hold as long as what is cached: those that the world model has when the first positions are read.
+    A cache that the kernels read and write: one memory of all blocks, (B, cache size) float32. The kernels' weights hold as
+    long as what is cached: those that the world model has when the first positions are read.
 
     :param world_model: As for ``Kernels``.
     :param dtype: As there.
@@ -225,7 +227,7 @@ class CpuCache(WorldModelCache):
     def features(self, transformer: nn.Module, x: th.Tensor) -> th.Tensor:
         B, n, D = x.shape
         if self.length == 0:
-            self.kernels = Kernels(self.world_model, self.tables, self.dtype)
+            self.kernels = Kernels(self.world_model, self.attention_biases, self.dtype)
         assert x.dtype == th.float32 and self.length + n <= self.max_length, (x.dtype, self.length, n, self.max_length)
         if not self.memory:
             self.memory = [th.empty(B, self.kernels.cache_size)]

@@ -18,7 +18,7 @@ from torch import nn
 
 from sb3_iris.imagination import ImaginedGame
 from sb3_iris.transformer import Block, KVCache
-from sb3_iris.world_model import Tables, WorldModel
+from sb3_iris.world_model import WorldModel
 
 MAX_WEIGHTS = 2**15  # of a program, which a GPU for games still finds room for beside its inputs
 
@@ -302,19 +302,18 @@ def block_forward(block: Block, x: th.Tensor, cache: KVCache, bias: th.Tensor | 
     return linear(hidden, second.weight, second.bias, residual=rows, dtype=th.float32).view_as(x)
 
 
-def token_logits(head: nn.Sequential, x: th.Tensor, tables: Tables) -> th.Tensor:
+def token_head_forward(head: nn.Sequential, x: th.Tensor) -> th.Tensor:
     """
-    Logits of ``WorldModel`` for the token that follows.
+    What ``WorldModel``'s token head makes of features.
 
     :param head: The token head.
     :param x: (B, D) float32, features
-    :param tables: Of the same world model.
-    :return: (B, V) float32
+    :return: (B, V) float32, logits of the token that follows
     """
-    first = head[0]
-    assert isinstance(first, nn.Linear)
+    first, _, last = head
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
     hidden = linear(x.contiguous(), first.weight, first.bias, activation="relu", dtype=first.weight.dtype)
-    return linear(hidden, tables.outputs, tables.output_bias, dtype=th.float32)
+    return linear(hidden, last.weight, last.bias, dtype=th.float32)
 
 
 @triton.jit
@@ -357,19 +356,17 @@ def use_in(world_model: WorldModel) -> None:
 
     :param world_model: One in evaluation mode on a GPU, with linear layers in bfloat16.
     """
-    first, _, last = world_model.token_head
-    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-    device = last.weight.device
+    head = world_model.token_head
+    device = world_model.token_embedding.weight.device
     with th.cuda.device(device), th.random.fork_rng([device]):
         x = th.zeros(1, 1, world_model.transformer.embed_dim, device=device)
         for block in world_model.transformer.blocks[:1]:
             assert isinstance(block, Block)
             x = block_forward(block, x, KVCache(1), None)
-        hidden = linear(x[:, 0], first.weight, first.bias, activation="relu", dtype=first.weight.dtype)
-        sample_categorical(linear(hidden, last.weight, last.bias, dtype=th.float32))
+        sample_categorical(token_head_forward(head, x[:, 0]))
         th.cuda.synchronize()
 
     for block in world_model.transformer.blocks:
         assert isinstance(block, Block)
         block.forward = functools.partial(block_forward, block)  # type: ignore[method-assign]
-    world_model._token_logits = functools.partial(token_logits, world_model.token_head)  # type: ignore[method-assign]
+    head.forward = functools.partial(token_head_forward, head)  # type: ignore[method-assign]

@@ -50,8 +50,6 @@ class CnnLstmPolicy(BasePolicy):
     :param n_heads: Attention heads per block.
     :param embed_dim: Embedding size of the world model; a multiple of ``n_heads``.
     :param dropout: Dropout probability of the world model, in [0, 1).
-    :param factored_positions: Whether the world model embeds positions by step, and by place, row and column in the frame,
-        which it learns from sooner; else each position has an embedding of its own, as in the paper.
     :param relative_positions: Whether the world model's attention also goes by how many steps, rows and columns tokens are
         apart, so that what it learns of neighbours at one place holds at all others; the paper's does not.
     :param lstm_hidden_size: Size of the actor-critic's LSTM state.
@@ -84,7 +82,6 @@ class CnnLstmPolicy(BasePolicy):
         n_heads: int = 4,
         embed_dim: int = 256,
         dropout: float = 0.1,
-        factored_positions: bool = False,
         relative_positions: bool = False,
         lstm_hidden_size: int = 512,
         actor_critic_input: str = "auto",
@@ -150,9 +147,7 @@ class CnnLstmPolicy(BasePolicy):
             n_layers,
             n_heads,
             dropout,
-            self.tokenizer.grid,
-            factored_positions,
-            relative_positions,
+            self.tokenizer.grid if relative_positions else None,
         )
         sees_codes = actor_critic_input == "codes" or (actor_critic_input == "auto" and min(height, width) < 32)
         input_shape = (self.tokenizer.codebook_dim, *self.tokenizer.grid) if sees_codes else image_shape

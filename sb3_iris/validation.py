@@ -224,7 +224,7 @@ def check_policy_kwargs(policy_class: type, policy_kwargs: dict[str, Any]) -> No
     # These come from the constructor's own arguments
     own = ("observation_space", "action_space", "lr_schedule", "sequence_length", "weight_decay", "eval_temperature")
     known = [name for name in parameters if name not in own]
-    booleans = ("patch_tokenizer", "factored_positions", "relative_positions")
+    booleans = ("patch_tokenizer", "relative_positions")
     for name, value in policy_kwargs.items():
         settled_later = name == "robust_tokenizer" and value == "auto"  # and left out if the policy has no such argument
         if name in own or not (takes_argument(policy_class, name) or settled_later):

@@ -12,7 +12,6 @@ The frame's last token predicts nothing: what follows it is the agent's choice (
 """
 
 import math
-from typing import NamedTuple
 
 import torch as th
 from torch import nn
@@ -22,33 +21,6 @@ from sb3_iris.transformer import KVCache, Transformer
 from sb3_iris.type_aliases import Logs, WorldModelOutput
 
 PADDED = -100  # label that cross_entropy ignores
-
-
-class FactoredPositionEmbedding(nn.Module):
-    """
-    A position's embedding as a sum: of one of its step, one of its place in the step and, for a frame token, those of its row
-    and its column in the frame. What is learned of a place, as that its token is most often that of the same place in the
-    frame before, then holds for all steps, and what is learned of a column for all of its rows.
-
-    :param n_steps: Steps in the context.
-    :param grid: Height and width of a frame's token grid.
-    :param embed_dim: Embedding size D.
-    """
-
-    def __init__(self, n_steps: int, grid: tuple[int, int], embed_dim: int) -> None:
-        super().__init__()
-        height, width = grid
-        self.steps = nn.Embedding(n_steps, embed_dim)
-        self.places = nn.Embedding(height * width + 1, embed_dim)
-        self.rows = nn.Embedding(height, embed_dim)
-        self.columns = nn.Embedding(width, embed_dim)
-
-    @property
-    def weight(self) -> th.Tensor:
-        """Embeddings of all positions, (n_steps * (K + 1), D)."""
-        on_grid = (self.rows.weight.unsqueeze(1) + self.columns.weight).flatten(0, 1)  # (K, D)
-        places = self.places.weight + F.pad(on_grid, (0, 0, 0, 1))  # an action is on no grid
-        return (self.steps.weight.unsqueeze(1) + places).flatten(0, 1)
 
 
 class RelativePositionBias(nn.Module):
@@ -96,20 +68,10 @@ class RelativePositionBias(nn.Module):
         return scores.masked_fill(later, -math.inf).unflatten(0, (self.n_layers, -1)).unbind()
 
 
-class Tables(NamedTuple):
-    """What is looked up of a position: sums of weights, which need not be summed anew for each."""
-
-    tokens: th.Tensor  # (V, D) embeddings of tokens
-    positions: th.Tensor  # (n_steps * (K + 1), D) embeddings of positions
-    outputs: th.Tensor  # (V, D), weight of the token head's last layer
-    output_bias: th.Tensor  # (V,)
-    attention_biases: tuple[th.Tensor, ...] | None  # of each block, (nh, L, L)
-
-
 class WorldModelCache(KVCache):
-    """A Transformer's cache, and the tables, which hold as long as what is cached."""
+    """A Transformer's cache, and what attention adds to its scores, which holds as long as what is cached."""
 
-    tables: Tables
+    attention_biases: tuple[th.Tensor, ...] | None  # of each block, (nh, L, L)
 
     def features(self, transformer: Transformer, x: th.Tensor) -> th.Tensor:
         """
@@ -119,7 +81,7 @@ class WorldModelCache(KVCache):
         :param x: (B, n, D)
         :return: (B, D), what it makes of the last one.
         """
-        return transformer(x, self, self.tables.attention_biases)[:, -1]
+        return transformer(x, self, self.attention_biases)[:, -1]
 
 
 class WorldModel(nn.Module):
@@ -135,11 +97,8 @@ class WorldModel(nn.Module):
     :param n_layers: Number of Transformer blocks.
     :param n_heads: Attention heads per block.
     :param dropout: Dropout probability in [0, 1).
-    :param grid: Height and width of a frame's token grid, which the next two options want.
-    :param factored_positions: Whether positions are embedded by their parts, see ``FactoredPositionEmbedding``; else each
-        has an embedding of its own, as in the paper.
-    :param relative_positions: Whether attention also goes by how far apart positions are, see ``RelativePositionBias``; the
-        paper's does not.
+    :param grid: Height and width of a frame's token grid if attention also goes by how far apart positions are, see
+        ``RelativePositionBias``; None as in the paper, where it does not.
     """
 
     def __init__(
@@ -153,8 +112,6 @@ class WorldModel(nn.Module):
         n_heads: int = 4,
         dropout: float = 0.1,
         grid: tuple[int, int] | None = None,
-        factored_positions: bool = False,
-        relative_positions: bool = False,
     ) -> None:
         super().__init__()
         assert grid is None or grid[0] * grid[1] == tokens_per_frame, (grid, tokens_per_frame)
@@ -162,16 +119,8 @@ class WorldModel(nn.Module):
         self.max_length = sequence_length * (tokens_per_frame + 1)
         self.token_embedding = nn.Embedding(codebook_size, embed_dim)
         self.action_embedding = nn.Embedding(n_actions, embed_dim)
-        self.position_embedding: nn.Embedding | FactoredPositionEmbedding
-        if factored_positions:
-            assert grid is not None
-            self.position_embedding = FactoredPositionEmbedding(sequence_length, grid, embed_dim)
-        else:
-            self.position_embedding = nn.Embedding(self.max_length, embed_dim)
-        self.position_bias = None
-        if relative_positions:
-            assert grid is not None
-            self.position_bias = RelativePositionBias(sequence_length, grid, n_layers, n_heads)
+        self.position_embedding = nn.Embedding(self.max_length, embed_dim)
+        self.position_bias = RelativePositionBias(sequence_length, grid, n_layers, n_heads) if grid is not None else None
         self.transformer = Transformer(embed_dim, n_layers, n_heads, dropout)
         self.token_head = self._make_head(embed_dim, codebook_size)
         self.reward_head = self._make_head(embed_dim, 3)
@@ -195,18 +144,11 @@ class WorldModel(nn.Module):
         """
         return WorldModelCache(self.max_length)
 
-    def _tables(self) -> Tables:
-        output = self.token_head[-1]
-        assert isinstance(output, nn.Linear)
-        attention_biases = self.position_bias() if self.position_bias is not None else None
-        return Tables(
-            self.token_embedding.weight, self.position_embedding.weight, output.weight, output.bias, attention_biases
-        )
-
-    def _token_logits(self, x: th.Tensor, tables: Tables) -> th.Tensor:
-        """Features (..., D) to logits of the token that follows, (..., V)."""
-        hidden, relu, _ = self.token_head
-        return F.linear(relu(hidden(x)), tables.outputs, tables.output_bias)
+    def attention_biases(self) -> tuple[th.Tensor, ...] | None:
+        """
+        :return: Of each block, (nh, L, L), what is added to attention's scores; None for nothing.
+        """
+        return self.position_bias() if self.position_bias is not None else None
 
     def forward(self, tokens: th.Tensor, actions: th.Tensor) -> WorldModelOutput:
         """
@@ -218,13 +160,12 @@ class WorldModel(nn.Module):
         """
         B, T, K = tokens.shape
         assert K == self.tokens_per_frame and actions.shape == (B, T), (tokens.shape, actions.shape)
-        tables = self._tables()
-        x = th.cat([F.embedding(tokens, tables.tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)
-        x = x.flatten(1, 2) + tables.positions[: T * (K + 1)]
-        x = self.transformer(x, biases=tables.attention_biases).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
+        x = th.cat([self.token_embedding(tokens), self.action_embedding(actions).unsqueeze(2)], dim=2)
+        x = x.flatten(1, 2) + self.position_embedding.weight[: T * (K + 1)]
+        x = self.transformer(x, biases=self.attention_biases()).unflatten(1, (T, K + 1))  # (B, T, K + 1, D)
         before_token = th.cat([x[:, :, : K - 1], x[:, :, K:]], dim=2).flatten(1, 2)
         at_action = x[:, :, K]  # (B, T, D)
-        logits = self._token_logits(before_token, tables), self.reward_head(at_action), self.end_head(at_action)
+        logits = self.token_head(before_token), self.reward_head(at_action), self.end_head(at_action)
         return WorldModelOutput(*(part.float() for part in logits))
 
     def step_action(
@@ -238,10 +179,9 @@ class WorldModel(nn.Module):
         :param cache: Everything before ``tokens``; takes in both.
         :return: Logits of the reward class (B, 3), of the end (B, 2) and of the next frame's first token (B, V).
         """
-        tables = self._tables_of(cache)
-        x = th.cat([F.embedding(tokens, tables.tokens), self.action_embedding(actions).unsqueeze(1)], dim=1)
+        x = th.cat([self.token_embedding(tokens), self.action_embedding(actions).unsqueeze(1)], dim=1)
         x = self._append(x, cache)
-        return self.reward_head(x).float(), self.end_head(x).float(), self._token_logits(x, tables).float()
+        return self.reward_head(x).float(), self.end_head(x).float(), self.token_head(x).float()
 
     def step_token(self, tokens: th.Tensor, cache: WorldModelCache) -> th.Tensor:
         """
@@ -251,19 +191,14 @@ class WorldModel(nn.Module):
         :param cache: Everything before ``tokens``; takes them in.
         :return: Logits of the token that follows, (B, V).
         """
-        tables = self._tables_of(cache)
-        return self._token_logits(self._append(F.embedding(tokens, tables.tokens).unsqueeze(1), cache), tables).float()
-
-    def _tables_of(self, cache: WorldModelCache) -> Tables:
-        """Those of the weights by which the cache was begun."""
-        if cache.length == 0:
-            cache.tables = self._tables()
-        return cache.tables
+        return self.token_head(self._append(self.token_embedding(tokens).unsqueeze(1), cache)).float()
 
     def _append(self, x: th.Tensor, cache: WorldModelCache) -> th.Tensor:
         """Pass n embedded positions, (B, n, D), that follow the cached ones; the last one's features, (B, D)."""
         start = cache.length
-        x = x + cache.tables.positions[start : start + x.shape[1]]
+        if start == 0:
+            cache.attention_biases = self.attention_biases()
+        x = x + self.position_embedding.weight[start : start + x.shape[1]]
         return cache.features(self.transformer, x)
 
     def loss(

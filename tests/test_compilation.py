@@ -51,9 +51,8 @@ def test_other_values_are_refused(value: object) -> None:
 
 @pytest.mark.slow  # a minute of C++ compilation
 def test_same_gradients() -> None:
-    """Of the world model, with all of its options; patches are no network, which spares this test the minutes of another."""
-    options = ("patch_tokenizer", "factored_positions", "relative_positions")
-    policy_kwargs = {**dict.fromkeys(options, True), "dropout": 0.0}
+    """Of the world model, with its option; patches are no network, which spares this test the minutes of another."""
+    policy_kwargs = {"patch_tokenizer": True, "relative_positions": True, "dropout": 0.0}
     plain, compiled = (
         tiny(FrameEnv(), policy_kwargs, compile=compile, final_training_epochs=0).learn(4) for compile in (False, True)
     )

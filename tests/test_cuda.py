@@ -61,11 +61,10 @@ def assert_same(ours: ImaginedTrajectory, plain: ImaginedTrajectory) -> None:
 
 
 @pytest.mark.parametrize("actor_critic_input", ["frames", "codes"])
-@pytest.mark.parametrize("options", [False, True])
-def test_graph_plays_as_plain_imagination_does(actor_critic_input: str, options: bool) -> None:
+@pytest.mark.parametrize("relative_positions", [False, True])
+def test_graph_plays_as_plain_imagination_does(actor_critic_input: str, relative_positions: bool) -> None:
     """The same trajectories from the same random stream, also once weights, contexts, horizon and batch are others."""
-    more = ("factored_positions", "relative_positions")
-    model = make(policy_kwargs={"actor_critic_input": actor_critic_input, **dict.fromkeys(more, options)})
+    model = make(policy_kwargs={"actor_critic_input": actor_critic_input, "relative_positions": relative_positions})
     strong(model)
     graph = ImaginationGraph()
     actions: set[int] = set()
@@ -114,12 +113,12 @@ def agreement(model: IRIS, dtype: th.dtype | None, compile: bool) -> float:
     return min(float((getattr(ours, name) == getattr(plain, name)).float().mean()) for name in ("actions", "rewards"))
 
 
-@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("relative_positions", [False, True])
 @pytest.mark.parametrize("dtype, compile", [(th.bfloat16, False), (None, True), (th.bfloat16, True)])
 def test_rounding_otherwise_makes_few_other_games(
-    dtype: th.dtype | None, compile: bool, options: bool, monkeypatch: Any
+    dtype: th.dtype | None, compile: bool, relative_positions: bool, monkeypatch: Any
 ) -> None:
-    model = strong(make(policy_kwargs=dict.fromkeys(("factored_positions", "relative_positions"), options)))
+    model = strong(make(policy_kwargs={"relative_positions": relative_positions}))
     with th.no_grad():
         for parameter in model.policy.world_model.parameters():
             parameter.add_(0.3 * th.randn_like(parameter))

@@ -30,8 +30,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_layers": 2,
         "n_heads": 2,
         "grid": (2, 3),
-        "factored_positions": True,
-        "relative_positions": True,
     },
     "large heads": {"embed_dim": 140, "n_layers": 1, "n_heads": 1},
     "odd sizes": {"embed_dim": 15, "n_layers": 2, "n_heads": 3},
@@ -65,7 +63,7 @@ def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def make_cache(world_model: WorldModel, dtype: th.dtype | None) -> CpuCache:
     cache = CpuCache(world_model, dtype)
-    cache.tables = world_model._tables()
+    cache.attention_biases = world_model.attention_biases()
     return cache
 
 
@@ -105,7 +103,7 @@ def test_features(shape: str, n_threads: int) -> None:
     world_model = make_world_model(shape)
     n_games, parts = 11, (7, 1, 1, 9, 1)
     x = th.randn(n_games, sum(parts), world_model.transformer.embed_dim)
-    biases = world_model._tables().attention_biases
+    biases = world_model.attention_biases()
     expected = world_model.transformer(x, biases=biases)
     with th.autocast("cpu", th.bfloat16):
         autocast = world_model.transformer(x, biases=biases).float()

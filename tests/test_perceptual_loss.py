@@ -294,7 +294,7 @@ def test_patches_have_no_perceptual_loss(fake_lpips):
         assert f"perceptual_loss={given!r}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["patch_tokenizer", "factored_positions", "relative_positions"])
+@pytest.mark.parametrize("name", ["patch_tokenizer", "relative_positions"])
 @pytest.mark.parametrize("value", ["auto", 1, 0, None, [True]])
 def test_booleans_of_the_networks_are_checked(name, value):
     with pytest.raises(ValueError, match="must be True or False") as error:

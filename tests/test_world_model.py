@@ -10,8 +10,7 @@ from sb3_iris.world_model import RelativePositionBias, WorldModel
 V, A, K = 7, 3, 4
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"grid": (2, 2), "factored_positions": True},
-    {"grid": (2, 2), "relative_positions": True},
+    {"grid": (2, 2)},
 ]
 
 
@@ -57,27 +56,12 @@ def test_initialisation() -> None:
     assert not parameters
 
 
-def test_factored_positions() -> None:
-    T, D, height, width = 3, 12, 2, 3
-    world_model = make_world_model(height * width, T, grid=(height, width), factored_positions=True)
-    parts = {name: p for name, p in world_model.named_parameters() if name.startswith("position_embedding.")}
-    assert [*parts] == [f"position_embedding.{part}.weight" for part in ("steps", "places", "rows", "columns")]
-    steps, places, rows, columns = parts.values()
-    assert [part.shape for part in parts.values()] == [(T, D), (height * width + 1, D), (height, D), (width, D)]
-    for position, embedding in enumerate(world_model.position_embedding.weight):
-        t, k = divmod(position, height * width + 1)
-        row, column = divmod(k, width)
-        at = rows[row] + columns[column] if k < height * width else 0  # behind the frame is the action
-        th.testing.assert_close(embedding, steps[t] + places[k] + at)
-    assert position == world_model.max_length - 1
-
-
 @th.no_grad()
 def test_relative_positions() -> None:
     """Two pairs of positions have the same scores if, and only if, they are as far apart and of the same kind."""
     T, height, width, n_layers, n_heads = 3, 2, 3, 2, 4
     options: dict[str, Any] = {"n_layers": n_layers, "n_heads": n_heads, "grid": (height, width)}
-    world_model = WorldModel(V, A, height * width, T, embed_dim=12, relative_positions=True, **options)
+    world_model = WorldModel(V, A, height * width, T, embed_dim=12, **options)
     assert isinstance(world_model.position_bias, RelativePositionBias)
     blocks = world_model.position_bias()
     length = T * (height * width + 1)
@@ -204,7 +188,7 @@ def test_steps_equal_one_pass(n_unread: int, options: dict[str, Any]) -> None:
 @th.no_grad()
 def test_cache_that_is_begun_anew() -> None:
     """A game that goes on after the model was trained: from its next context on it is that of the new weights."""
-    world_model = make_world_model(grid=(2, 2), factored_positions=True, relative_positions=True)
+    world_model = make_world_model(grid=(2, 2))
     tokens, actions, *_ = make_batch(2, 1)
     cache = world_model.make_cache()
     world_model.step_action(tokens[:, 0], actions[:, 0], cache)
