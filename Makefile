@@ -12,6 +12,8 @@ LINT_PATHS = $(PACKAGES) setup.py
 
 # The networks in the tests are so small that more threads, in processes started by tests too, would only wait for each other
 test test-slow: export OMP_NUM_THREADS = 1
+# Where another program keeps a core busy, threads that wait for each other by spinning take several times as long
+demo: export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL = help
 .PHONY: help venv demo test test-slow type lint format check-codestyle commit-checks clean
