@@ -54,6 +54,25 @@ class IRIS(SavingAlgorithm):
     pair is an epoch. After the last step ``final_training_epochs`` more training phases follow. Every default is the paper's,
     except where that is known to fail: see ``robust_tokenizer`` and ``actor_critic_input`` of ``CnnLstmPolicy``; and ``amp``.
 
+    Beside SB3's ``rollout/``, ``time/`` and ``train/`` it logs, as means over a training phase:
+
+    - ``tokenizer/``, ``world_model/`` and ``actor_critic/``: every term of the loss and the gradient's norm; ``time/`` has the
+      seconds of each.
+    - ``tokenizer/``: ``codebook_usage`` (share of codes used in a batch) and ``codebook_perplexity``; ``varying_positions``
+      (share of a frame's positions whose code is not the same in the whole batch; near 0 all frames look alike);
+      ``moving_error`` (of reconstructions, where pixels move); ``n_patches`` (how many a ``patch_tokenizer`` knows).
+    - ``world_model/``: ``token_``, ``reward_`` and ``end_accuracy``, one step ahead.
+    - ``actor_critic/``: entropy, value and imagined return; ``imagined_reward``, the sum of reward signs over the imagined
+      steps up to an end; ``real_reward``, the same of the real steps of the last 10 epochs; ``imagined_ends``, the share of
+      imagined games with an end.
+    - ``held_out/``: the world model on the steps just collected, before it is trained on them. ``token_``, ``reward_`` and
+      ``end_accuracy`` compare with those of ``world_model/``; ``reward_`` and ``end_precision`` and ``_recall`` are those of
+      rewards that are not 0 and of ends, sampled as in imagination, over the last 10 epochs. With ``imagined_`` in front the
+      same at the last of ``horizon`` steps imagined from a real frame under the real actions, 20 or what the episodes are long
+      enough for. What is undefined is left out.
+
+    Warnings say, once, when one of the networks is sick, and what to do.
+
     :param policy: ``"CnnPolicy"`` or a subclass of ``CnnLstmPolicy``.
     :param env: Environment with uint8 images and Discrete actions, or its name if it is registered with Gymnasium.
     :param learning_rate: Learning rate of all three optimizers, or a schedule: a function of the remaining progress, which
