@@ -394,9 +394,8 @@ def _start(folder: Path, function: str, options: dict[str, Any], slot: int, gpus
     """A process that works on one run."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     env.setdefault("OMP_NUM_THREADS", str(max(_n_cpus() // jobs, 1)))
-    env.setdefault(
-        "GOMP_SPINCOUNT", "1000"
-    )  # where other programs run beside, waiting by spinning takes several times as long
+    # Where other programs run beside, threads that wait by spinning make a run take several times as long
+    env.setdefault("GOMP_SPINCOUNT", "1000")
     if len(gpus) > 1:
         env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     with open(folder / "log.txt", "a") as log:

@@ -54,10 +54,10 @@ class IRIS(SavingAlgorithm):
     pair is an epoch. After the last step ``final_training_epochs`` more training phases follow. Every default is the paper's,
     except where that is known to fail: see ``robust_tokenizer`` and ``actor_critic_input`` of ``CnnLstmPolicy``; and ``amp``.
 
-    Beside SB3's ``rollout/``, ``time/`` and ``train/`` it logs, as means over a training phase:
+    Beside SB3's ``rollout/``, ``time/`` and ``train/`` it logs:
 
-    - ``tokenizer/``, ``world_model/`` and ``actor_critic/``: every term of the loss and the gradient's norm; ``time/`` has the
-      seconds of each.
+    - ``tokenizer/``, ``world_model/`` and ``actor_critic/``, as means over a training phase: every term of the loss and the
+      gradient's norm (a ``patch_tokenizer`` has none).
     - ``tokenizer/``: ``codebook_usage`` (share of codes used in a batch) and ``codebook_perplexity``; ``varying_positions``
       (share of a frame's positions whose code is not the same in the whole batch; near 0 all frames look alike);
       ``moving_error`` (of reconstructions, where pixels move); ``n_patches`` (how many a ``patch_tokenizer`` knows).
@@ -69,7 +69,8 @@ class IRIS(SavingAlgorithm):
       ``end_accuracy`` compare with those of ``world_model/``; ``reward_`` and ``end_precision`` and ``_recall`` are those of
       rewards that are not 0 and of ends, sampled as in imagination, over the last 10 epochs. With ``imagined_`` in front the
       same at the last of ``horizon`` steps imagined from a real frame under the real actions, 20 or what the episodes are long
-      enough for. What is undefined is left out.
+      enough for. What is undefined is left out. Training stays as it is.
+    - ``time/``: seconds of collection, of each network's training and of ``held_out``.
 
     Warnings say, once, when one of the networks is sick, and what to do.
 

@@ -334,6 +334,25 @@ def test_settings_are_those_of_the_paper() -> None:
     assert atari100k.settings("smoke", "Freeway")["temperature"] == 0.01
 
 
+def write_environment(run: runs.Run) -> None:
+    (run.folder / "environment.json").write_text(json.dumps(dict(os.environ)))
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_NUM_THREADS": "7", "GOMP_SPINCOUNT": "5"}])
+def test_threads_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> None:
+    """They share the cores and do not wait by spinning, unless the user wants it otherwise."""
+    folder = one_run(tmp_path / "run")
+    expected = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // 2, 1)), "GOMP_SPINCOUNT": "1000", **given}
+    for name in expected:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    process = runs._start(folder, "tests.test_benchmarks_runs:write_environment", {}, slot=0, gpus=[], jobs=2)
+    assert process.wait(PATIENCE) == 0
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {name: environment[name] for name in expected} == expected
+
+
 @pytest.mark.slow
 def test_ray_cluster_with_a_killed_worker(tmp_path: Path, start: Start) -> None:
     """On a real local cluster a worker is killed in mid-run: the sweep still ends with every result."""

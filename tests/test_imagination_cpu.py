@@ -22,15 +22,10 @@ pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="wants a C++ compiler: c++, g++ or clang++"
 )
 
-# Sizes that fill the kernels' vectors, whole or in part, with all that a world model can have besides
+# Sizes that fill the kernels' vectors, whole or in part
 SHAPES: dict[str, dict[str, Any]] = {
     "paper's kind": {"embed_dim": 64, "n_layers": 3, "n_heads": 4},
-    "all options": {
-        "embed_dim": 48,
-        "n_layers": 2,
-        "n_heads": 2,
-        "grid": (2, 3),
-    },
+    "relative positions": {"embed_dim": 48, "n_layers": 2, "n_heads": 2, "grid": (2, 3)},
     "large heads": {"embed_dim": 140, "n_layers": 1, "n_heads": 1},
     "odd sizes": {"embed_dim": 15, "n_layers": 2, "n_heads": 3},
 }
@@ -198,12 +193,13 @@ def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
         th.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_learned_game() -> None:
+@pytest.mark.parametrize("relative_positions", [False, True])
+def test_learned_game(relative_positions: bool) -> None:
     """
-    The learned game is imagined by the kernels too, in contexts that hold what the world model has learned until each begins,
-    as PyTorch's do.
+    The learned game is imagined by the kernels too, and by what the world model has learned until a context begins, as is that
+    of PyTorch.
     """
-    model = tiny(FrameEnv(), imagination_horizon=4).learn(40)
+    model = tiny(FrameEnv(), {"relative_positions": relative_positions}, imagination_horizon=4).learn(40)
     n_games = 4
 
     def played(compile: bool) -> list[np.ndarray]:
@@ -213,7 +209,7 @@ def test_learned_game() -> None:
         seen = [np.asarray(env.reset())]
         actions = np.random.default_rng(0)
         for t in range(20):
-            if t == 7:
+            if t == 7:  # where a context begins
                 with th.no_grad():
                     for parameter in model.policy.world_model.parameters():
                         parameter.copy_(parameter.flip(0))

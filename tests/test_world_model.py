@@ -8,10 +8,7 @@ from torch.nn import functional as F
 from sb3_iris.world_model import RelativePositionBias, WorldModel
 
 V, A, K = 7, 3, 4
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"grid": (2, 2)},
-]
+OPTIONS: list[dict[str, Any]] = [{}, {"grid": (2, 2)}]
 
 
 def make_world_model(tokens_per_frame: int = K, sequence_length: int = 3, **kwargs: Any) -> WorldModel:
