@@ -401,7 +401,7 @@ class IRIS(SavingAlgorithm):
         n_steps: int,
     ) -> None:
         """Gradient steps of one network on fresh batches; means over them are logged under its name."""
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         history: list[Logs] = []
         network.train()
         hidden = self._progress_bar is None
@@ -422,8 +422,11 @@ class IRIS(SavingAlgorithm):
         self._n_updates += n_steps
         for key in history[0]:
             self.logger.record(f"{name}/{key}", th.stack([logs[key] for logs in history]).mean().item())
-        self.logger.record(f"time/{name}_seconds", time.perf_counter() - start)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        self.logger.record(f"time/{name}_seconds", seconds)
         self._collapse_warnings.look(name, self.logger.name_to_value, self)
+        if self.device.type == "cpu":
+            self._collapse_warnings.look_at_threads(seconds, cpu_seconds)
 
     def _autocast(self) -> th.autocast:
         """The precision of a training phase; casts of weights live as long as the context, so one step at most."""

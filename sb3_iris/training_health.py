@@ -1,6 +1,8 @@
-"""Watches what training logs: numbers that are not finite stop it, signs that nothing is learned any more are warned of."""
+"""Watches training: numbers that are not finite stop it, signs that it gets nowhere, or too slowly, are warned of."""
 
 import math
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ ONE_CODE = 1.01  # perplexity of a codebook of which one entry stands for all pa
 NO_POSITION = 0.01  # share of positions whose token varies over a batch, which one position that varies is well above
 PHASES = 3  # in a row with a sign of a collapse of the tokenizer, which may pass in the first ones
 NO_ENTROPY = 1e-3  # of a policy, as a share of that of uniform play
+BUSY = 0.8  # share of their time that threads work or spin, which is near 1 where they have cores of their own
+LONG_ENOUGH = 5.0  # seconds of a training phase, to tell
 
 
 def check_finite(network: str, history: list[Logs], num_timesteps: int) -> None:
@@ -40,7 +44,7 @@ def check_finite(network: str, history: list[Logs], num_timesteps: int) -> None:
 
 
 class CollapseWarnings:
-    """Warns once of each way in which training can go on without getting anywhere."""
+    """Warns once of each way in which training can go on without getting anywhere, or far too slowly."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
@@ -59,6 +63,25 @@ class CollapseWarnings:
             look(logged, model)
         elif network == "actor_critic":
             self._look_at_policy(logged, model)
+
+    def look_at_threads(self, seconds: float, cpu_seconds: float) -> None:
+        """
+        To be called after each training phase of a network on a CPU. On Linux PyTorch's threads wait by spinning: one that has
+        no core holds all others up, and small networks then take ten times as long and more.
+
+        :param seconds: What the phase took.
+        :param cpu_seconds: What the process had of all cores together in that time.
+        """
+        n_threads, n_cores = th.get_num_threads(), cpu_seconds / max(seconds, 1e-9)
+        spin = sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+        if spin and seconds > LONG_ENOUGH and n_threads > 1 and n_cores < BUSY * n_threads:
+            fewer = max(int(n_cores + 0.1), 1)
+            self._warn_once(
+                "threads",
+                f"PyTorch has {n_threads} threads here, but only {n_cores:.1f} cores to itself: other programs keep the rest "
+                "busy, or a limit does. As its threads wait for each other, training can take many times as long as with "
+                f"fewer: call torch.set_num_threads({fewer}), or start with OMP_NUM_THREADS={fewer} in the environment",
+            )
 
     def _look_at_patches(self, logged: Mapping[str, Any], model: "IRIS") -> None:
         size = model.policy.tokenizer.codebook_size

@@ -1,7 +1,10 @@
 """Numbers that are not finite stop a run before a checkpoint holds them; a collapse is warned of once; memory is counted."""
 
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +17,8 @@ from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.checkpoint_folder import find_checkpoints
 from sb3_iris.training_health import CollapseWarnings
 from tests.presets import NETWORKS, FrameEnv, GradientSteps, frame_envs, parameters, tiny
+
+ROOT = Path(__file__).parent.parent
 
 
 def poison(model: IRIS, network: str, at: int, with_gradient_only: bool = False) -> None:
@@ -145,6 +150,42 @@ def test_policy_without_entropy_is_warned_of_once():
     with pytest.warns(UserWarning, match=r"policy has no entropy left.*larger ent_coef") as caught:
         model.learn(20)
     assert sum("entropy" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there PyTorch's threads wait by spinning")
+def test_more_threads_than_cores_are_warned_of_once():
+    """In a real process of two threads that share a core; all its phases are then long enough."""
+    code = """if True:
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from sb3_iris import training_health
+        from tests.presets import FrameEnv, tiny
+        training_health.LONG_ENOUGH = 0.0
+        tiny(FrameEnv()).learn(12)
+    """
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for n_threads, n_warnings in ((1, 0), (2, 1)):
+        env["OMP_NUM_THREADS"] = str(n_threads)
+        result = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert result.stderr.count("PyTorch has 2 threads here") == n_warnings, result.stderr
+    assert "torch.set_num_threads(1), or start with OMP_NUM_THREADS=1" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there PyTorch's threads wait by spinning")
+def test_which_shares_of_the_cores_are_warned_of(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(th, "get_num_threads", lambda: 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CollapseWarnings().look_at_threads(10.0, 65.0)
+        CollapseWarnings().look_at_threads(4.0, 4.0)
+    with pytest.warns(UserWarning, match=r"8 threads here, but only 6\.0 cores to itself.*OMP_NUM_THREADS=6 "):
+        CollapseWarnings().look_at_threads(10.0, 59.9)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CollapseWarnings().look_at_threads(10.0, 59.9)
 
 
 def test_no_warning_without_reason():
