@@ -118,7 +118,7 @@ def test_features(shape: str, n_threads: int) -> None:
 @th.no_grad()
 def test_number_of_threads_changes_nothing(dtype: th.dtype | None) -> None:
     """Not a bit of it, nor does the number of games beside."""
-    world_model = make_world_model("all options")
+    world_model = make_world_model("relative positions")
     x = th.randn(40, K + 1, world_model.transformer.embed_dim)
     before = th.get_num_threads()
     try:
@@ -134,7 +134,7 @@ def test_number_of_threads_changes_nothing(dtype: th.dtype | None) -> None:
 
 def test_restarts_and_sliding_window() -> None:
     """Games that begin anew, each at another time, share caches with those that are as old."""
-    world_model = make_world_model("all options")
+    world_model = make_world_model("relative positions")
 
     def played(game: ImaginedGame) -> list[th.Tensor]:
         random = th.Generator().manual_seed(0)
