@@ -210,8 +210,8 @@ class Kernels:
 
 class CpuCache(WorldModelCache):
     """
-    A cache that the kernels read and write: one memory of all blocks, (B, cache size) float32. Most weights are
-    copied when the first positions are read, some are the world model's own: none may change until the cache is begun anew.
+    A cache that the kernels read and write: one memory of all blocks, (B, cache size) float32. Most weights are copied when
+    the first positions are read, some are the world model's own: none may change until the cache is begun anew.
 
     :param world_model: As for ``Kernels``.
     :param dtype: As there.

@@ -67,14 +67,15 @@ class CollapseWarnings:
     def look_at_threads(self, seconds: float, cpu_seconds: float) -> None:
         """
         To be called after each training phase of a network on a CPU. On Linux PyTorch's threads wait by spinning: one that has
-        no core holds all others up, and small networks then take ten times as long and more.
+        no core holds all others up, and small networks then take many times as long.
 
         :param seconds: What the phase took.
         :param cpu_seconds: What the process had of all cores together in that time.
         """
-        n_threads, n_cores = th.get_num_threads(), cpu_seconds / max(seconds, 1e-9)
+        n_threads = th.get_num_threads()
         spin = sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
-        if spin and seconds > LONG_ENOUGH and n_threads > 1 and n_cores < BUSY * n_threads:
+        if spin and seconds > LONG_ENOUGH and n_threads > 1 and cpu_seconds < BUSY * n_threads * seconds:
+            n_cores = cpu_seconds / seconds
             fewer = max(int(n_cores + 0.1), 1)
             self._warn_once(
                 "threads",
