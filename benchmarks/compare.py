@@ -12,7 +12,9 @@ IRIS against PPO, DQN, QR-DQN and RecurrentPPO: the same environment, number of 
 
 Writes ``compare.md`` and the curves into ``--out``, and what each run logs into the run's ``progress.csv``. The same command
 goes on after an interruption: finished runs and trained models stay, others begin anew. ``--report`` writes the report of what
-is there and runs nothing.
+is there and runs nothing. How many steps the others need for a score of IRIS's::
+
+    python benchmarks/compare.py --algos ppo dqn --steps 300000 --reach 7.76 --out runs/longer
 """
 
 import argparse
@@ -268,18 +270,19 @@ def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
     return model
 
 
-def report(out: Path, reps: int = 2_000) -> str:
+def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
     """
     Write ``compare.md`` and the curves.
 
     :param out: Folder with the runs.
+    :param reach: Score for which to say when each run's training games came to it.
     :param reps: Bootstrap samples.
     :return: The report in Markdown.
     :raises ValueError: If there are no runs, or runs of different protocols.
     """
     from rliable import metrics
 
-    from benchmarks.report import curve_values, intervals, save, table
+    from benchmarks.report import curve_values, intervals, save, steps_to, table
 
     found = runs.find(out)
     protocols = {
@@ -301,7 +304,7 @@ def report(out: Path, reps: int = 2_000) -> str:
         if not of_algo:
             continue
         if not done:
-            rows.append([algo, f"0 of {len(of_algo)}", "-", "-", "-", "-"])
+            rows.append([algo, f"0 of {len(of_algo)}", *["-"] * (4 if reach is None else 5)])
             continue
         points, bounds = intervals({algo: np.array([[data["score"]] for data in done])}, estimates, reps)
         cells = [f"{points[algo][i]:.2f} [{bounds[algo][0, i]:.2f}, {bounds[algo][1, i]:.2f}]" for i in range(2)]
@@ -309,6 +312,9 @@ def report(out: Path, reps: int = 2_000) -> str:
         machine = done[-1]["sessions"][-1]["hardware"]
         rows.append([algo, f"{len(done)} of {len(of_algo)}", *cells, f"{hours:.2f}", str(machine["gpu"] or machine["cpu"])])
         games = [[(game["step"], game["score"]) for game in data["training_games"]] for data in done]
+        if reach is not None:
+            needed = [steps_to(curve, reach) for curve in games]
+            rows[-1].append(", ".join(f"> {steps:,}" if step is None else f"{step:,}" for step in needed))
         # Runs of older versions have no rewards
         rewards = [np.array(data.get("training_rewards", [np.nan] * CURVE_POINTS)) for data in done]
         for axes, curves in (
@@ -329,9 +335,13 @@ def report(out: Path, reps: int = 2_000) -> str:
             axes.legend()
     save(figure, out / "compare")
     header = ["Algorithm", "Runs", "Mean score", "IQM", "Hours a run", "On"]
+    note = ""
+    if reach is not None:
+        header.append(f"Steps to {reach:g}")
+        note = " Steps: the first after which ten training games in a row had that mean, run by run."
     markdown = (
         f"# {env}, {steps:,} env steps\n\nScores of {eval_games} games after training, actions sampled. Square brackets: 95 % "
-        f"bootstrap interval over runs.\n\n{table(header, rows)}\n![Curves](compare.png)\n"
+        f"bootstrap interval over runs.{note}\n\n{table(header, rows)}\n![Curves](compare.png)\n"
     )
     (out / "compare.md").write_text(markdown, encoding="utf-8")
     return markdown
@@ -352,6 +362,7 @@ def main() -> int:
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings of IRIS that differ, in YAML"
     )
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument("--reach", type=float, metavar="SCORE", help="report the env steps that runs need for this score")
     runs.add_arguments(parser)
     args = parser.parse_args()
     if not args.report:
@@ -382,7 +393,7 @@ def main() -> int:
         status = runs.run_all(list(specs), "benchmarks.compare:play", {}, args)
     else:
         status = 0
-    print(report(args.out))
+    print(report(args.out, args.reach))
     return status
 
 

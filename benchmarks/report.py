@@ -260,6 +260,18 @@ def curve_values(curve: list[tuple[int, float]], steps: np.ndarray, last: int = 
     return np.array([scores[max(n - last, 0) : n].mean() if n else np.nan for n in counts])
 
 
+def steps_to(curve: list[tuple[int, float]], score: float, last: int = 10) -> int | None:
+    """
+    :param curve: Steps at which games ended, in order, and their scores.
+    :param score: Score to reach.
+    :param last: Games to average over.
+    :return: The first step at which the last games have that mean, as luck helps a little before the policy has; None without.
+    """
+    ends = np.array([step for step, _ in curve[last - 1 :]])
+    reached = curve_values(curve, ends, last) >= score
+    return int(ends[reached.argmax()]) if reached.any() else None
+
+
 def sample_efficiency(agents: list[Agent], games: list[str], reps: int, out: Path) -> bool:
     """IQM of the scores of training games over env steps; only from where every run has finished a game."""
     frames: dict[str, np.ndarray] = {}

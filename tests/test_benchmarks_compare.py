@@ -185,6 +185,9 @@ def test_report(tmp_path: Path) -> None:
     assert lines["ppo"].split(" | ")[1:3] == ["1 of 2", "5.00 [5.00, 5.00]"]
     assert lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - |"
     assert "qrdqn" not in lines
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in compare.report(tmp_path, 3.0, reps=50).splitlines()}
+    assert lines["Algorithm"].endswith("| Steps to 3 |")
+    assert lines["iris"].endswith("| > 240, > 240, 100, 100 |") and lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - | - |"
     assert (tmp_path / "compare.png").is_file() and (tmp_path / "compare.pdf").is_file()
 
 
@@ -202,7 +205,7 @@ def test_names_as_in_gymnasium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     specs: list[dict[Path, dict[str, Any]]] = []
     monkeypatch.setattr(runs, "create", specs.append)
     monkeypatch.setattr(runs, "run_all", lambda *args: 0)
-    monkeypatch.setattr(compare, "report", lambda out: "")
+    monkeypatch.setattr(compare, "report", lambda out, reach: "")
     for given in (env, name):
         monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out"), "--env", given])
         assert compare.main() == 0

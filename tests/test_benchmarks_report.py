@@ -157,6 +157,21 @@ def test_curve_values() -> None:
     assert np.isnan(report.curve_values([], np.array([1, 2]))).all()
 
 
+def test_steps_to() -> None:
+    """The end of the game that brings the mean there, never before as many games as count."""
+    curve = [(10, 9.0), (10, 1.0), (20, 3.0), (30, 5.0), (40, 0.0), (50, 8.0)]
+    for score, last, expected in (
+        (5.0, 2, 10),
+        (4.0, 3, 20),
+        (3.6, 5, 40),
+        (3.7, 5, None),
+        (4.3, 6, 50),
+        (5.1, 2, None),
+        (0.0, 7, None),
+    ):
+        assert report.steps_to(curve, score, last) == expected, (score, last)
+
+
 def test_published_data() -> None:
     """Every published agent has all games and a source."""
     published = json.loads(json.dumps(report.PUBLISHED))
