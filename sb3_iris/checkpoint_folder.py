@@ -90,6 +90,10 @@ class FolderLock:
             self._file.truncate(0)
             self._file.write(str(os.getpid()).encode())
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copy of a model keeps no folder; None takes the lock's place, in another process too."""
         return type(None), ()

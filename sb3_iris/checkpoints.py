@@ -147,7 +147,7 @@ def _torch_generators(model: "IRIS") -> dict[str, th.Generator]:
     return {name: value for name, value in streams.items() if isinstance(value, th.Generator)}
 
 
-def _arguments(model: "IRIS | type[IRIS]") -> list[str]:
+def argument_names(model: "IRIS | type[IRIS]") -> list[str]:
     """Names of the constructor's arguments that a checkpoint holds; of a subclass, those too that it passes on."""
     names: list[str] = []
     for base in (model if isinstance(model, type) else type(model)).__mro__:
@@ -163,7 +163,7 @@ def _arguments(model: "IRIS | type[IRIS]") -> list[str]:
 def _manifest(model: "IRIS") -> dict[str, Any]:
     """Everything that is no array."""
     buffer = model.replay_buffer
-    arguments = {name: "_stats_window_size" if name == "stats_window_size" else name for name in _arguments(model)}
+    arguments = {name: "_stats_window_size" if name == "stats_window_size" else name for name in argument_names(model)}
     values = {name: getattr(model, attribute) for name, attribute in arguments.items() if hasattr(model, attribute)}
     if buffer.buffer_size != max(model.buffer_size // model.n_envs, 1):  # it came from a file, with a size of its own
         values["buffer_size"] = buffer.buffer_size * model.n_envs
@@ -262,7 +262,7 @@ def _restore(
             f"{', '.join(missing)}: code and classes are not in a checkpoint, nor what the model does not keep, so they must "
             f"be given again, as in IRIS.resume(path, env, {missing[0]}=...)"
         )
-    unknown = sorted(arguments.keys() - {*_arguments(cls), "policy"})
+    unknown = sorted(arguments.keys() - {*argument_names(cls), "policy"})
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: IRIS has no such argument")
     if arguments["buffer_size"] != manifest["arguments"]["buffer_size"]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -15,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 from torch._compile import _disable_dynamo
 from tqdm import tqdm
@@ -35,10 +37,9 @@ from sb3_iris.imagination_graph import ImaginationGraph
 from sb3_iris.mixed_precision import autocast_dtype
 from sb3_iris.perceptual_loss import set_up_perceptual_loss
 from sb3_iris.policies import CnnLstmPolicy
-from sb3_iris.projection import warn_of_days
 from sb3_iris.saving import SavingAlgorithm, tuples_to_lists
 from sb3_iris.tokenizer import PerceptualLoss
-from sb3_iris.training_health import CollapseWarnings, check_finite
+from sb3_iris.training_health import TrainingWarnings, check_finite
 from sb3_iris.type_aliases import NETWORKS, Logs, LSTMState, Observe
 from sb3_iris.validation import check_hyperparameters, check_learn_arguments, check_policy_kwargs, check_spaces
 from sb3_iris.world_model_env import WorldModelVecEnv
@@ -51,8 +52,12 @@ class IRIS(SavingAlgorithm):
     IRIS: "Transformers are Sample-Efficient World Models" (ICLR 2023), https://arxiv.org/abs/2209.00588
 
     Plays ``train_freq`` steps, then trains the tokenizer, the world model and, in imagination alone, the actor-critic; that
-    pair is an epoch. After the last step ``final_training_epochs`` more training phases follow. Every default is the paper's,
-    except where that is known to fail: see ``robust_tokenizer`` and ``actor_critic_input`` of ``CnnLstmPolicy``; and ``amp``.
+    pair is an epoch. After the last step of every call of ``learn`` ``final_training_epochs`` more training phases follow, of
+    which callbacks hear nothing. Of rewards the sign alone is learned, as in the paper's runs: all that are above 0 count the
+    same, and all below.
+
+    Every default is the paper's, except where that is known to fail: see ``robust_tokenizer`` and ``actor_critic_input`` of
+    ``CnnLstmPolicy``; and ``amp``.
 
     Beside SB3's ``rollout/``, ``time/`` and ``train/`` it logs:
 
@@ -100,7 +105,8 @@ class IRIS(SavingAlgorithm):
     :param exploration_rate: Probability of a uniformly random action in collection, in [0, 1].
     :param temperature: Temperature of the policy's sampling in collection; 0 takes the most likely action.
     :param eval_temperature: Temperature of the sampling of ``predict(..., deterministic=False)``.
-    :param final_training_epochs: Training phases after the last env step of a call of ``learn``.
+    :param final_training_epochs: Training phases after the last env step of a call of ``learn``, none of them where no network
+        has reached its start. For several calls in a row (``reset_num_timesteps=False``) only the last one may want them.
     :param perceptual_loss: ``"auto"``: LPIPS if the package ``lpips`` and its weights are there; ``"lpips"``: LPIPS or an
         error; None: none; or a function of frames and reconstructions, (B, C, H, W) on the [-1, 1] scale, whose mean is added.
         Without one the tokenizer is trained in another way, unless ``policy_kwargs`` have ``robust_tokenizer=False``.
@@ -186,6 +192,8 @@ class IRIS(SavingAlgorithm):
     ) -> None:
         if env is not None:
             env = maybe_make_env(env, verbose)
+            if not isinstance(env, gym.Env | VecEnv):
+                raise ValueError(f"env={env!r} is no Gymnasium environment, no VecEnv of SB3's and no name of one")
             check_spaces(env.observation_space, env.action_space)
         elif _init_setup_model:
             raise ValueError("env=None: give an environment, or the name of one that is registered with Gymnasium")
@@ -241,7 +249,7 @@ class IRIS(SavingAlgorithm):
         self._checkpoint_lock: FolderLock | None = None
         self._run_checkpoints: list[RunCheckpointCallback] = []  # those of the running call of `learn`
         self._held_out = HeldOut()
-        self._collapse_warnings = CollapseWarnings()
+        self._training_warnings = TrainingWarnings()
         if _init_setup_model:
             self.policy_kwargs.setdefault("robust_tokenizer", "auto")
             self._setup_model()
@@ -332,8 +340,9 @@ class IRIS(SavingAlgorithm):
 
         going_on = True
         for _ in range(0, n_steps, self.n_envs):
+            env, replay_buffer = self.env, self.replay_buffer  # callbacks look for them among the locals, as in SB3
             if self._last_obs is None:  # a callback has loaded a replay buffer, which the running episodes do not follow
-                self._last_obs = self.env.reset()  # type: ignore[assignment]
+                self._last_obs = env.reset()  # type: ignore[assignment]
                 self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
             obs = self._images(self._last_obs)
             episode_starts = self._last_episode_starts
@@ -344,7 +353,7 @@ class IRIS(SavingAlgorithm):
                 actions, episode_starts, logits.shape[1], self.exploration_rate, self.repeat_exploration, self._rng
             )
 
-            new_obs, rewards, dones, infos = self.env.step(actions)
+            new_obs, rewards, dones, infos = env.step(actions)
             if self._vec_normalize_env is not None:
                 rewards = self._vec_normalize_env.get_original_reward()
             if not np.isfinite(rewards).all():
@@ -353,7 +362,7 @@ class IRIS(SavingAlgorithm):
                     "clip or replace the others in the environment"
                 )
             truncated = dones & np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
-            self.replay_buffer.add(obs, actions, rewards, dones & ~truncated, truncated, episode_starts)
+            replay_buffer.add(obs, actions, rewards, dones & ~truncated, truncated, episode_starts)
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones.copy()  # the env may write to it
             self.num_timesteps += self.n_envs
@@ -383,14 +392,22 @@ class IRIS(SavingAlgorithm):
             "actor_critic": self._actor_critic_loss,
         }
         for name in NETWORKS:
-            n_steps = getattr(self, f"{name}_gradient_steps")
-            frozen = name == "tokenizer" and self.num_timesteps >= (self.tokenizer_learning_stops or math.inf)
-            if n_steps > 0 and not frozen and self.num_timesteps >= getattr(self, f"{name}_learning_starts"):
-                optimizer = getattr(self.policy, f"{name}_optimizer")
+            if self.trains(name, self.num_timesteps):
+                optimizer, n_steps = getattr(self.policy, f"{name}_optimizer"), getattr(self, f"{name}_gradient_steps")
                 self._train_network(name, getattr(self.policy, name), optimizer, losses[name], n_steps)
                 if name == "tokenizer":
                     self.replay_buffer.forget_tokens()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def trains(self, network: str, num_timesteps: float) -> bool:
+        """
+        :param network: ``"tokenizer"``, ``"world_model"`` or ``"actor_critic"``.
+        :param num_timesteps: Env steps taken.
+        :return: Whether a training phase after so many steps trains the network.
+        """
+        if network == "tokenizer" and num_timesteps >= (self.tokenizer_learning_stops or math.inf):
+            return False
+        return getattr(self, f"{network}_gradient_steps") > 0 and num_timesteps >= getattr(self, f"{network}_learning_starts")
 
     def _train_network(
         self,
@@ -409,7 +426,7 @@ class IRIS(SavingAlgorithm):
             for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
                 with self._autocast():
                     loss, logs = compute_loss()
-                if loss.requires_grad:  # a PatchTokenizer learns without
+                if has_gradients(network):
                     optimizer.zero_grad()
                     loss.backward()
                     logs["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm)
@@ -424,9 +441,9 @@ class IRIS(SavingAlgorithm):
             self.logger.record(f"{name}/{key}", th.stack([logs[key] for logs in history]).mean().item())
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         self.logger.record(f"time/{name}_seconds", seconds)
-        self._collapse_warnings.look(name, self.logger.name_to_value, self)
+        self._training_warnings.look(name, self.logger.name_to_value, self)
         if self.device.type == "cpu":
-            self._collapse_warnings.look_at_threads(seconds, cpu_seconds)
+            self._training_warnings.look_at_threads(seconds, cpu_seconds)
 
     def _autocast(self) -> th.autocast:
         """The precision of a training phase; casts of weights live as long as the context, so one step at most."""
@@ -435,8 +452,7 @@ class IRIS(SavingAlgorithm):
     def _loss_of(self, name: str) -> Callable[..., tuple[th.Tensor, Logs]]:
         """The loss function of tokenizer or world model, compiled where that is wanted."""
         network = getattr(self.policy, name)
-        has_gradients = any(parameter.requires_grad for parameter in network.parameters())  # not so a PatchTokenizer
-        if not (compiles(self.compile, self.device) and has_gradients):
+        if not (compiles(self.compile, self.device) and has_gradients(network)):
             return network.loss
         if name not in self._compiled or self._compiled[name].function != network.loss:
             # A step of the world model is many small kernels
@@ -501,7 +517,8 @@ class IRIS(SavingAlgorithm):
         progress_bar: bool = False,
     ) -> SelfIRIS:
         """
-        Play ``total_timesteps`` env steps with training phases in between, and ``final_training_epochs`` more behind.
+        Play ``total_timesteps`` env steps with training phases in between, and ``final_training_epochs`` more behind, in which
+        no callback is called: what ``EvalCallback`` has kept as the best is from before.
 
         After ``resume``, the first call goes on with the call that the checkpoint was written in, so a script that is started
         again says the same as before. With ``reset_num_timesteps=False`` it is a call of its own instead.
@@ -518,6 +535,7 @@ class IRIS(SavingAlgorithm):
         :raises FloatingPointError: If a loss or a gradient is not finite. The networks are then spoilt.
         """
         check_learn_arguments(self.env, total_timesteps, log_interval)
+        check_hyperparameters(self)  # which may have been changed since
         total_timesteps = math.ceil(total_timesteps)  # 1e5 is welcome
         progress = self._learn_progress if self._resumed and reset_num_timesteps else None
         if progress is not None:
@@ -529,10 +547,10 @@ class IRIS(SavingAlgorithm):
             total_timesteps, reset_num_timesteps = max(progress.last_step - self.num_timesteps, 0), False
         self._run_checkpoints = []
         total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name)
-        warn_of_days(self)
         if progress is None:
             final_epochs = self.final_training_epochs if self.num_timesteps < total_timesteps else 0
             progress = LearnProgress(self.num_timesteps, total_timesteps, final_epochs, final_epochs)
+        self._training_warnings.begin(self, progress)
         self._learn_progress, self._resumed = progress, False
         # The networks may have been changed from outside since the last call, or a training phase of it interrupted
         self.replay_buffer.forget_tokens()
@@ -560,6 +578,9 @@ class IRIS(SavingAlgorithm):
         progress_at_end = at.last_step + at.final_epochs * self.train_freq
         while self.num_timesteps < at.last_step or at.epoch_end is not None or at.final_epochs_left > 0:
             is_final = self.num_timesteps >= at.last_step and at.epoch_end is None
+            if is_final and not any(self.trains(name, self.num_timesteps) for name in NETWORKS):
+                at.final_epochs_left = 0
+                break
             if is_final:
                 progress = max(progress_at_end - (at.final_epochs_left - 1) * self.train_freq, self.num_timesteps)
             else:
@@ -606,3 +627,11 @@ class IRIS(SavingAlgorithm):
         :return: The games, on the model's device.
         """
         return WorldModelVecEnv(self, n_envs, **kwargs)
+
+
+def has_gradients(network: nn.Module) -> bool:
+    """
+    :param network: A network.
+    :return: Whether it learns by gradients, which a ``PatchTokenizer`` does not.
+    """
+    return any(parameter.requires_grad for parameter in network.parameters())

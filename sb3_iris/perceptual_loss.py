@@ -73,6 +73,7 @@ def make_perceptual_loss(
     image_shape: tuple[int, ...],
     device: th.device | str = "auto",
     robust_tokenizer: bool | str = False,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> PerceptualLoss | None:
     """
     Turn the ``perceptual_loss`` argument of ``IRIS`` into a function of images and reconstructions. Never uses the network.
@@ -82,6 +83,7 @@ def make_perceptual_loss(
     :param image_shape: Shape (C, H, W) of the images that the tokenizer reconstructs, in pixels
     :param device: Device of the tokenizer, on which LPIPS is put
     :param robust_tokenizer: The tokenizer's, for what the warning says of it
+    :param warn: Called with the warning
     :return: The function, whose mean is the loss, or None
     """
     if perceptual_loss is None or callable(perceptual_loss):
@@ -115,10 +117,9 @@ def make_perceptual_loss(
         True: "which this tokenizer does not need (robust_tokenizer=True)",
         False: "and without it the paper's tokenizer loses small moving things (robust_tokenizer=False)",
     }[robust_tokenizer]
-    warnings.warn(
+    warn(
         f"perceptual_loss='auto': training goes on without LPIPS, unlike in the paper, {consequence}: {reason}. {way_out}; "
-        "perceptual_loss=None is the same without this warning.",
-        stacklevel=2,
+        "perceptual_loss=None is the same without this warning."
     )
     return None
 
@@ -148,7 +149,7 @@ def set_up_perceptual_loss(model: "IRIS") -> PerceptualLoss | None:
     if isinstance(image_size, int | np.integer):  # the policy refuses what is neither that nor None
         height = width = int(image_size)
     image_shape = (model.observation_space.shape[0], height, width)
-    loss = make_perceptual_loss(model.perceptual_loss, image_shape, model.device, robust)
+    loss = make_perceptual_loss(model.perceptual_loss, image_shape, model.device, robust, model._training_warnings.postpone)
     if robust == "auto":
         del policy_kwargs["robust_tokenizer"]
         if takes_argument(model.policy_class, "robust_tokenizer"):

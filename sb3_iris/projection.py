@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -56,16 +55,3 @@ def projected_days(model: "IRIS", n_steps: int = 100_000) -> float:
     epochs = n_steps / model.train_freq + model.final_training_epochs
     samples = {name: getattr(model, f"{name}_batch_size") * getattr(model, f"{name}_gradient_steps") for name in NETWORKS}
     return epochs * sum(per_sample[name] * samples[name] for name in NETWORKS) / 86_400
-
-
-def warn_of_days(model: "IRIS") -> None:
-    """
-    Say so if a run on a CPU would take days.
-
-    :param model: The model with its settings.
-    """
-    if model.device.type == "cpu" and (days := projected_days(model)) > 2:
-        warnings.warn(
-            f"A run of the paper's length, 100,000 steps, would take about {days:.0f} days on this CPU at these settings. "
-            "Use a GPU, or smaller networks and fewer gradient steps, as the README does under 'On a laptop'."
-        )

@@ -109,7 +109,7 @@ class SavingAlgorithm(BaseAlgorithm):
             "_progress_bar",
             "_checkpoint_lock",
         ]
-        of_this_call = ["_learn_progress", "_resumed", "_run_checkpoints", "_held_out", "_collapse_warnings", "_exploration"]
+        of_this_call = ["_learn_progress", "_resumed", "_run_checkpoints", "_held_out", "_training_warnings", "_exploration"]
         return [*super()._excluded_save_params(), *of_this_process, *of_this_call]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -130,14 +130,13 @@ class SavingAlgorithm(BaseAlgorithm):
         Load a model saved with ``save``; see ``BaseAlgorithm.load``. Parts of such a file are pickles, which can run code:
         load only files you trust.
 
-        :raises ValueError: If the file was not saved by this algorithm.
+        :raises ValueError: If the file was not saved by this algorithm, or ``kwargs`` has a name that it does not know.
         """
         file = open_path(path, "r", verbose=0, suffix="zip")
         try:
             archive = zipfile.ZipFile(file) if zipfile.is_zipfile(file) else None
             names = [] if archive is None else archive.namelist()
-            wanted = "policy_kwargs" in {**kwargs, **(custom_objects or {})}
-            data = archive.read("data") if archive is not None and "data" in names and wanted else b"{}"
+            data = archive.read("data") if archive is not None and "data" in names and (kwargs or custom_objects) else b"{}"
             file.seek(0)
         finally:
             if file is not path:
@@ -147,6 +146,11 @@ class SavingAlgorithm(BaseAlgorithm):
                 f"path={path!r} was not saved by IRIS: its optimizers are not in it. Load it with the class that saved it, "
                 "or with IRIS.load_reference_checkpoint if it comes from the authors' program"
             )
+        saved = json.loads(data)
+        known = checkpoints.argument_names(cls)  # type: ignore[arg-type]
+        unknown = sorted(kwargs.keys() - saved.keys() - {*known})
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: {cls.__name__} has no such argument")
         custom_objects = {**(custom_objects or {})}
         for changes in (kwargs, custom_objects):
             if "policy_kwargs" not in changes:
@@ -154,8 +158,8 @@ class SavingAlgorithm(BaseAlgorithm):
             given = tuples_to_lists(changes["policy_kwargs"] or {})
             if given.get("robust_tokenizer", "auto") == "auto":  # it was settled when the model was made
                 given.pop("robust_tokenizer", None)
-                saved = json.loads(data).get("policy_kwargs", {})
-                given |= {name: value for name, value in saved.items() if name == "robust_tokenizer"}
+                settled = saved.get("policy_kwargs", {})
+                given |= {name: value for name, value in settled.items() if name == "robust_tokenizer"}
             changes["policy_kwargs"] = given
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 

@@ -7,11 +7,16 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch as th
+from torch import nn
 
-from sb3_iris.type_aliases import Logs
+from sb3_iris.projection import projected_days
+from sb3_iris.tokenizer import PatchTokenizer
+from sb3_iris.type_aliases import NETWORKS, Logs
 
 if TYPE_CHECKING:
+    from sb3_iris.checkpoints import LearnProgress
     from sb3_iris.iris import IRIS
 
 ONE_CODE = 1.01  # perplexity of a codebook of which one entry stands for all patches of all frames
@@ -20,6 +25,7 @@ PHASES = 3  # in a row with a sign of a collapse of the tokenizer, which may pas
 NO_ENTROPY = 1e-3  # of a policy, as a share of that of uniform play
 BUSY = 0.8  # share of their time that threads work or spin, which is near 1 where they have cores of their own
 LONG_ENOUGH = 5.0  # seconds of a training phase, to tell
+MANY_DAYS = 2
 
 
 def check_finite(network: str, history: list[Logs], num_timesteps: int) -> None:
@@ -43,12 +49,37 @@ def check_finite(network: str, history: list[Logs], num_timesteps: int) -> None:
         )
 
 
-class CollapseWarnings:
+class TrainingWarnings:
     """Warns once of each way in which training can go on without getting anywhere, or far too slowly."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
         self._phases = 0  # of the tokenizer, in a row, in which all frames looked the same
+        self._postponed: list[str] = []
+
+    def postpone(self, message: str) -> None:
+        """
+        :param message: A warning that can wait for the training it is about, as a model may be loaded to play only.
+        """
+        self._postponed.append(message)
+
+    def begin(self, model: "IRIS", at: "LearnProgress") -> None:
+        """
+        To be called before the first step of a call of ``learn``.
+
+        :param model: The model.
+        :param at: Where the call is.
+        """
+        for message in self._postponed:
+            warnings.warn(message)
+        self._postponed.clear()
+        self._look_at_schedule(model, at)
+        if model.device.type == "cpu" and "days" not in self._warned and (days := projected_days(model)) > MANY_DAYS:
+            self._warn_once(
+                "days",
+                f"A run of the paper's length, 100,000 steps, would take about {days:.0f} days on this CPU at these settings. "
+                "Use a GPU, or smaller networks and fewer gradient steps, as the README does under 'On a laptop'.",
+            )
 
     def look(self, network: str, logged: Mapping[str, Any], model: "IRIS") -> None:
         """
@@ -58,7 +89,9 @@ class CollapseWarnings:
         :param logged: What it has logged.
         :param model: The model.
         """
-        if network == "tokenizer":
+        if network == "world_model":
+            self._look_at_rewards(model)
+        elif network == "tokenizer":
             look = self._look_at_patches if "tokenizer/n_patches" in logged else self._look_at_tokenizer
             look(logged, model)
         elif network == "actor_critic":
@@ -82,6 +115,45 @@ class CollapseWarnings:
                 f"PyTorch has {n_threads} threads here, but only {n_cores:.1f} cores to itself: other programs keep the rest "
                 "busy, or a limit does. As its threads wait for each other, training can take many times as long as with "
                 f"fewer: call torch.set_num_threads({fewer}), or start with OMP_NUM_THREADS={fewer} in the environment",
+            )
+
+    def _look_at_schedule(self, model: "IRIS", at: "LearnProgress") -> None:
+        n_steps = at.last_step - at.first_step
+        if n_steps <= 0:
+            return
+        wanted = [name for name in NETWORKS if getattr(model, f"{name}_gradient_steps") > 0]
+        starts = {name: getattr(model, f"{name}_learning_starts") for name in wanted}
+        late = [name for name in wanted if starts[name] > at.last_step]
+        if late:
+            listed = ", ".join(f"{name}_learning_starts={starts[name]}" for name in late)
+            self._warn_once(
+                "late",
+                f"This call of learn ends after {at.last_step} steps, before {listed}: {', '.join(late)} will not be trained "
+                "in it. Give it more steps, or let training start earlier",
+            )
+        n_epochs = math.ceil(n_steps / model.train_freq)
+        if at.final_epochs > n_epochs and any(model.trains(name, at.last_step) for name in NETWORKS):
+            self._warn_once(
+                "final",
+                f"final_training_epochs={at.final_epochs} training phases follow the last step of this call of learn, more "
+                f"than the {n_epochs} of its {n_steps} steps. For a short run, or several calls in a row "
+                "(reset_num_timesteps=False), give fewer",
+            )
+
+    def _look_at_rewards(self, model: "IRIS") -> None:
+        rewards = model.replay_buffer.rewards
+        rewards = rewards[rewards != 0]
+        if "rewards" in self._warned or not len(rewards):
+            return
+        least, most = rewards[np.abs(rewards).argmin()], rewards[np.abs(rewards).argmax()]
+        # In games with scores, whole numbers of one sign, that is as usual
+        shaped = rewards.min() < 0 < rewards.max() or bool((rewards % 1).any())
+        if shaped and abs(most) > 2 * abs(least):
+            self._warn_once(
+                "rewards",
+                f"env gives rewards of different size, such as {least:g} and {most:g}, but IRIS learns their signs only, as "
+                "in the paper's runs: all that are above 0 count the same, and all below. Give none for what matters little, "
+                "such as the cost of a step",
             )
 
     def _look_at_patches(self, logged: Mapping[str, Any], model: "IRIS") -> None:
@@ -115,6 +187,12 @@ class CollapseWarnings:
             )
 
     def _look_at_policy(self, logged: Mapping[str, Any], model: "IRIS") -> None:
+        if noise := untrained(model):
+            self._warn_once(
+                "noise",
+                f"The actor-critic is trained in a game that is noise, as {' and '.join(noise)} had no training: let them "
+                "start earlier, by tokenizer_learning_starts and world_model_learning_starts",
+            )
         entropy, n_actions = logged["actor_critic/entropy"], model.action_space.n
         if n_actions > 1 and entropy < NO_ENTROPY * math.log(n_actions):
             self._warn_once(
@@ -128,3 +206,21 @@ class CollapseWarnings:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(message)
+
+
+def untrained(model: "IRIS") -> list[str]:
+    """
+    :param model: A model.
+    :return: What of that which makes its learned game has had no training: a network by whether all biases that start from
+        zero still are there, a ``PatchTokenizer`` by whether it knows a patch.
+    """
+    names = []
+    for name, network in (("tokenizer", model.policy.tokenizer), ("world model", model.policy.world_model)):
+        if isinstance(network, PatchTokenizer):
+            trained = bool(network.quantizer.n_patches)
+        else:
+            norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
+            trained = any(bool(norm.bias.any()) for norm in norms)
+        if not trained:
+            names.append(name)
+    return names

@@ -83,12 +83,16 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     :raises ValueError: If IRIS cannot play it.
     """
     if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
-        raise ValueError(f"env has actions {action_space}, but IRIS plays Discrete actions that count from 0 only")
+        raise ValueError(
+            f"env has actions {action_space}, but IRIS plays Discrete actions that count from 0 only. Wrap the environment so "
+            "that it takes such (for instance with Gymnasium's TransformAction)"
+        )
     if len(observation_space.shape or ()) != 3 or not is_image_space(observation_space):
         raise ValueError(
             f"env has observations {observation_space}, but IRIS sees single images only: a Box of uint8 in [0, 255] with "
             "three axes, channels first or last. Wrap the environment so that it gives such images (for instance with "
-            "Gymnasium's AddRenderObservation; do not normalise them: VecNormalize(..., norm_obs=False))"
+            "Gymnasium's AddRenderObservation, or GrayscaleObservation(..., keep_dim=True) for grey ones; do not normalise "
+            "them: VecNormalize(..., norm_obs=False))"
         )
     assert observation_space.shape is not None
     if observation_space.shape[0] == min(observation_space.shape[1:]):

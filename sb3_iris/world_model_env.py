@@ -16,11 +16,10 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
-from torch import nn
 
 from sb3_iris.imagination import ImaginedGame
 from sb3_iris.policies import CnnLstmPolicy
-from sb3_iris.tokenizer import PatchTokenizer
+from sb3_iris.training_health import untrained
 from sb3_iris.type_aliases import Observe
 from sb3_iris.validation import check_positive
 
@@ -326,19 +325,10 @@ def make_game(
 
 def warn_if_untrained(model: "IRIS") -> None:
     """
-    Say so if what makes the game has had no training: a network by whether all biases that start from zero still are there,
-    a ``PatchTokenizer`` by whether it knows a patch.
-
-    :param model: The model.
+    :param model: A model whose learned game somebody wants.
     """
-    for name, network in (("tokenizer", model.policy.tokenizer), ("world model", model.policy.world_model)):
-        if isinstance(network, PatchTokenizer):
-            trained = bool(network.quantizer.n_patches)
-        else:
-            norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
-            trained = any(bool(norm.bias.any()) for norm in norms)
-        if not trained:
-            warnings.warn(f"The {name} is untrained: the game will be noise. It is learned by model.learn().")
+    for name in untrained(model):
+        warnings.warn(f"The {name} is untrained: the game will be noise. It is learned by model.learn().")
 
 
 @th.no_grad()

@@ -164,3 +164,20 @@ def test_evaluation_resets_the_lstm():
     np.testing.assert_array_equal(states[0], states[1])
     np.testing.assert_array_equal(states[0], states[2])
     assert len(np.unique(states[0], axis=0)) == 5
+
+
+def test_locals_of_a_step():
+    """What callbacks of users look for among the locals of SB3's off-policy algorithms."""
+    found = []
+
+    class Look(BaseCallback):
+        def _on_step(self) -> bool:
+            names = ("env", "replay_buffer", "new_obs", "rewards", "dones", "infos", "actions")
+            found.append([self.locals[name] for name in names])
+            return True
+
+    model = tiny(frame_envs(2)).learn(4, Look())
+    assert len(found) == 2
+    for env, replay_buffer, new_obs, *others in found:
+        assert env is model.get_env() and replay_buffer is model.replay_buffer
+        assert new_obs.shape == (2, 3, 8, 8) and [len(other) for other in others] == [2] * 4

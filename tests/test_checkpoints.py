@@ -1,6 +1,7 @@
 """Checkpoints: what is in them, and that a run which is taken up from one is the run that was never stopped."""
 
 import copy
+import gc
 import json
 import pickle
 import random
@@ -652,3 +653,14 @@ def test_inside_a_callback_that_knows_steps_only(tmp_path, make, nested):
     with pytest.raises(ValueError, match=r"in EveryNTimesteps would do nothing.*Give it to learn"):
         tiny(env).learn(8, EveryNTimesteps(4, CallbackList([callback]) if nested else callback))
     assert env.n_steps == 0
+
+
+def test_files_are_closed(tmp_path):
+    """Nothing to hear of a model that is gone, and its folder is free."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = tiny(FrameEnv())
+        model.save_checkpoint(tmp_path)
+        del model
+        gc.collect()
+    assert not [warning for warning in caught if issubclass(warning.category, ResourceWarning)]

@@ -10,6 +10,7 @@ import torch as th
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack
 
 from sb3_iris import IRIS, CnnLstmPolicy
@@ -128,6 +129,33 @@ def test_networks_that_do_not_train_stay_as_they_are():
     after = {name: value for name, value in parameters(model).items() if name in before}
     assert differing(before, after) == {"tokenizer"}
     assert model._n_updates == 3
+
+
+def test_final_phases_in_which_nothing_is_trained_are_left_out(tmp_path):
+    """Nor do they fill the log."""
+    late = {f"{network}_learning_starts": 100 for network in NETWORKS}
+    model = tiny(FrameEnv(), final_training_epochs=5, **late)
+    model.set_logger(configure(str(tmp_path), ["json"]))
+    with pytest.warns(UserWarning, match="will not be trained"):
+        model.learn(8)
+    assert model._n_updates == 0 and len((tmp_path / "progress.json").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("context", [th.no_grad, th.inference_mode])
+def test_training_without_gradients_is_an_error(context):
+    """As in SB3, and not networks that stay as they are."""
+    model = tiny(FrameEnv())
+    with context(), pytest.raises(RuntimeError, match=r"does not require grad|[Ii]nference"):
+        model.learn(8)
+
+
+@pytest.mark.parametrize(("name", "value"), [("train_freq", 0), ("exploration_rate", 7), ("eval_temperature", -1.0)])
+def test_hyperparameters_changed_since_are_checked(name, value):
+    model = tiny(FrameEnv())
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        model.learn(4)
+    assert model.num_timesteps == 0
 
 
 def test_no_final_training():

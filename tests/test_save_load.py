@@ -193,6 +193,8 @@ def test_custom_objects_and_keywords(file):
     assert steps.learning_rates == [5e-3] * 6  # one epoch and a final phase
     with pytest.raises(ValueError, match=r"gamma=2"):
         IRIS.load(file, gamma=2)
+    with pytest.raises(ValueError, match=r"gama, temprature: IRIS has no such argument"):
+        IRIS.load(file, temprature=2, gama=0.5)
 
 
 def test_device(file):

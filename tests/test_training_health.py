@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_iris import IRIS, RunCheckpointCallback, validation
+from sb3_iris import IRIS, RunCheckpointCallback, training_health, validation
 from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.checkpoint_folder import find_checkpoints
-from sb3_iris.training_health import CollapseWarnings
+from sb3_iris.training_health import TrainingWarnings
 from tests.presets import NETWORKS, FrameEnv, GradientSteps, frame_envs, parameters, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_same_tokens_for_a_frame_that_stays_the_same():
 
 def test_a_collapse_that_passes_is_not_warned_of():
     """Not before the third phase in a row, of which one in between begins anew."""
-    model, look = tiny(FrameEnv()), CollapseWarnings().look
+    model, look = tiny(FrameEnv()), TrainingWarnings().look
     same = {"tokenizer/codebook_perplexity": 4.0, "tokenizer/varying_positions": 0.0, "tokenizer/moving_error": 0.1}
     dead = {**same, "tokenizer/codebook_perplexity": 1.0}
     alive = {**same, "tokenizer/varying_positions": 0.25}
@@ -131,7 +132,7 @@ def test_a_collapse_that_passes_is_not_warned_of():
 
 def test_robust_tokenizers_get_other_advice():
     model = tiny(FrameEnv(), policy_kwargs={"robust_tokenizer": True})
-    health, logged = CollapseWarnings(), {"codebook_perplexity": 1.0, "varying_positions": 0.0, "moving_error": 0.1}
+    health, logged = TrainingWarnings(), {"codebook_perplexity": 1.0, "varying_positions": 0.0, "moving_error": 0.1}
     with pytest.warns(UserWarning, match=r"codebook is dead.*start anew with a smaller learning_rate or"):
         for _ in range(3):
             health.look("tokenizer", {f"tokenizer/{name}": value for name, value in logged.items()}, model)
@@ -150,6 +151,110 @@ def test_policy_without_entropy_is_warned_of_once():
     with pytest.warns(UserWarning, match=r"policy has no entropy left.*larger ent_coef") as caught:
         model.learn(20)
     assert sum("entropy" in str(warning.message) for warning in caught) == 1
+
+
+class Given(FrameEnv):
+    """Gives these rewards in turn, and no others."""
+
+    def __init__(self, *given: float) -> None:
+        super().__init__()
+        self.given = given
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, self.given[self.n_steps % len(self.given)], terminated, truncated, info
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((-0.01, -0.01, 0.99), "-0.01 and 0.99"),  # the cost of a step
+        ((0.0, 0.1, 1.0), "0.1 and 1"),  # shaped
+        ((-1.0, 100.0, 0.0), "-1 and 100"),
+        ((-1.0, 1.0, 0.0), None),
+        ((0.0, 10.0, 200.0), None),  # scores
+        ((-3.0, -40.0), None),
+        ((0.0, 0.5), None),
+        ((0.0, 0.6, 1.0), None),
+        ((0.0,), None),
+    ],
+)
+def test_rewards_of_which_only_signs_count_are_warned_of_once(given, words):
+    model = tiny(Given(*given))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(20)
+    said = [str(warning.message) for warning in caught if "rewards of different size" in str(warning.message)]
+    assert len(said) == (words is not None)
+    assert words is None or f"such as {words}, but IRIS learns their signs only" in said[0]
+
+
+def said_of(model: IRIS, *calls: int, reset_num_timesteps: bool = True) -> list[str]:
+    """Warnings of calls of ``learn`` with so many steps."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n_steps in calls:
+            model.learn(n_steps, reset_num_timesteps=reset_num_timesteps)
+    return [str(warning.message) for warning in caught]
+
+
+def test_calls_that_end_before_training_are_warned_of_once():
+    starts = {"tokenizer_learning_starts": 10, "world_model_learning_starts": 11, "actor_critic_learning_starts": 30}
+    expected = (
+        "This call of learn ends after 10 steps, before world_model_learning_starts=11, actor_critic_learning_starts=30: "
+        "world_model, actor_critic will not be trained in it"
+    )
+    said = said_of(tiny(FrameEnv(), **starts), 10, 10)
+    assert sum(expected in message for message in said) == sum("This call of learn ends" in message for message in said) == 1
+    said = said_of(tiny(FrameEnv(), **starts), 10, 20, reset_num_timesteps=False)
+    assert sum("This call of learn ends" in message for message in said) == 1
+    for fine in ({**starts, "actor_critic_gradient_steps": 0, "world_model_learning_starts": 10}, {}):
+        assert not any("This call of learn ends" in message for message in said_of(tiny(FrameEnv(), **fine), 0, 10))
+
+
+def test_more_final_phases_than_others_are_warned_of_once():
+    expected = (
+        r"final_training_epochs=4 training phases follow the last step of this call of learn, more than the 3 of its 12 steps"
+    )
+    said = said_of(tiny(FrameEnv(), final_training_epochs=4), 12, 8)
+    assert sum(expected in message for message in said) == 1
+    assert sum("final_training_epochs" in message for message in said) == 1
+    said = said_of(tiny(FrameEnv(), final_training_epochs=4), 16, 12, reset_num_timesteps=False)  # the second call is short
+    assert sum(expected in message for message in said) == sum("final_training_epochs" in message for message in said) == 1
+    late = {f"{network}_learning_starts": 100 for network in NETWORKS}
+    for fine in ({"final_training_epochs": 3}, {"final_training_epochs": 0}, {"final_training_epochs": 4, **late}):
+        assert not any("final_training_epochs" in message for message in said_of(tiny(FrameEnv(), **fine), 12))
+
+
+def test_a_call_taken_up_near_its_end_is_no_short_one(tmp_path):
+    class Interrupt(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 10:
+                raise KeyboardInterrupt
+            return True
+
+    model = tiny(FrameEnv(), final_training_epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(12, [RunCheckpointCallback(4, tmp_path), Interrupt()])
+    resumed = IRIS.resume(tmp_path, FrameEnv(), device="cpu")
+    assert resumed.num_timesteps == 8
+    assert not any("final_training_epochs" in message for message in said_of(resumed, 12))
+    assert resumed.num_timesteps == 12
+
+
+def test_a_policy_trained_in_noise_is_warned_of_once():
+    late = {"world_model_learning_starts": 100}
+    expected = "The actor-critic is trained in a game that is noise, as world model had no training"
+    assert sum(expected in message for message in said_of(tiny(FrameEnv(), **late), 20)) == 1
+    both = said_of(tiny(FrameEnv(), **late, tokenizer_learning_starts=100), 20)
+    assert sum("noise, as tokenizer and world model had" in message for message in both) == 1
+    assert not any("noise" in message for message in said_of(tiny(FrameEnv()), 20))
+
+
+def test_days_are_said_once(monkeypatch):
+    monkeypatch.setattr(training_health, "projected_days", lambda model: 3.2)
+    said = said_of(tiny(FrameEnv()), 4, 4)
+    assert sum("would take about 3 days on this CPU" in message for message in said) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there PyTorch's threads wait by spinning")
@@ -178,14 +283,14 @@ def test_which_shares_of_the_cores_are_warned_of(monkeypatch):
     monkeypatch.setattr(th, "get_num_threads", lambda: 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        CollapseWarnings().look_at_threads(10.0, 65.0)
-        CollapseWarnings().look_at_threads(4.0, 4.0)
+        TrainingWarnings().look_at_threads(10.0, 65.0)
+        TrainingWarnings().look_at_threads(4.0, 4.0)
     with pytest.warns(UserWarning, match=r"8 threads here, but only 6\.0 cores to itself.*OMP_NUM_THREADS=6 "):
-        CollapseWarnings().look_at_threads(10.0, 59.9)
+        TrainingWarnings().look_at_threads(10.0, 59.9)
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        CollapseWarnings().look_at_threads(10.0, 59.9)
+        TrainingWarnings().look_at_threads(10.0, 59.9)
 
 
 def test_no_warning_without_reason():

@@ -268,3 +268,10 @@ def test_learn(kwargs):
     with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))} must be"):
         model.learn(**kwargs)
     assert env.n_steps == 0
+
+
+@pytest.mark.parametrize("env", [FrameEnv, lambda: FrameEnv(), 3, gym.vector.SyncVectorEnv([FrameEnv])])
+def test_no_environment(env: Any) -> None:
+    """A class, a function that makes one, and a vector environment of Gymnasium's, which is none of SB3's."""
+    with pytest.raises(ValueError, match=r"env=.* is no Gymnasium environment, no VecEnv of SB3's and no name of one"):
+        tiny(env)
