@@ -313,7 +313,7 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         rows.append([algo, f"{len(done)} of {len(of_algo)}", *cells, f"{hours:.2f}", str(machine["gpu"] or machine["cpu"])])
         games = [[(game["step"], game["score"]) for game in data["training_games"]] for data in done]
         if reach is not None:
-            needed = [steps_to(curve, reach) for curve in games]
+            needed = [steps_to(curve, reach, eval_games) for curve in games]
             rows[-1].append(", ".join(f"> {steps:,}" if step is None else f"{step:,}" for step in needed))
         # Runs of older versions have no rewards
         rewards = [np.array(data.get("training_rewards", [np.nan] * CURVE_POINTS)) for data in done]
@@ -338,7 +338,7 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
     note = ""
     if reach is not None:
         header.append(f"Steps to {reach:g}")
-        note = " Steps: the first after which ten training games in a row had that mean, run by run."
+        note = f" Steps: the first after which {eval_games} training games in a row had that mean, run by run."
     markdown = (
         f"# {env}, {steps:,} env steps\n\nScores of {eval_games} games after training, actions sampled. Square brackets: 95 % "
         f"bootstrap interval over runs.{note}\n\n{table(header, rows)}\n![Curves](compare.png)\n"

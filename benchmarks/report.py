@@ -260,12 +260,12 @@ def curve_values(curve: list[tuple[int, float]], steps: np.ndarray, last: int = 
     return np.array([scores[max(n - last, 0) : n].mean() if n else np.nan for n in counts])
 
 
-def steps_to(curve: list[tuple[int, float]], score: float, last: int = 10) -> int | None:
+def steps_to(curve: list[tuple[int, float]], score: float, last: int) -> int | None:
     """
     :param curve: Steps at which games ended, in order, and their scores.
     :param score: Score to reach.
-    :param last: Games to average over.
-    :return: The first step at which the last games have that mean, as luck helps a little before the policy has; None without.
+    :param last: Games to average over: of few, some have luck long before the policy has the score.
+    :return: The first step at which the last games have that mean; None without.
     """
     ends = np.array([step for step, _ in curve[last - 1 :]])
     reached = curve_values(curve, ends, last) >= score

@@ -187,7 +187,7 @@ def test_report(tmp_path: Path) -> None:
     assert "qrdqn" not in lines
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in compare.report(tmp_path, 3.0, reps=50).splitlines()}
     assert lines["Algorithm"].endswith("| Steps to 3 |")
-    assert lines["iris"].endswith("| > 240, > 240, 100, 100 |") and lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - | - |"
+    assert lines["iris"].endswith("| > 240, > 240, 20, 20 |") and lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - | - |"
     assert (tmp_path / "compare.png").is_file() and (tmp_path / "compare.pdf").is_file()
 
 
