@@ -234,4 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, ImportError, gym.error.Error) as error:  # the user's to read, without a traceback
+        raise SystemExit(f"error: {error}") from None

@@ -1,6 +1,7 @@
 """Playing in a window: what it shows, which keys it takes, and the command itself on a screen that is not there."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.corridor import LENGTH, Corridor, corridor_frame, learned_model, posi
 from tests.presets import SIZE, FrameEnv, tiny
 
 COMMAND = ("--env", "tests.corridor:Corridor", "--seed", "0", "--device", "cpu", "--temperature", "0")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -170,6 +172,26 @@ def test_arguments_that_only_the_end_would_miss(options, said, capsys):
     with pytest.raises(SystemExit):
         play.parse_args(["m.zip", "--env", "x", "--agent", *options])
     assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model": "no_such_model.zip"}, "No such file"),
+        ({"--env": "no_such_module:make"}, "No module named 'no_such_module'"),
+        ({"--env": "NoSuchGame-v0"}, "NoSuchGame"),
+        ({"--max-episode-steps": "0"}, "max_episode_steps=0"),
+    ],
+)
+def test_errors_without_a_traceback(path, change, said):
+    arguments = {"model": path, "--env": COMMAND[1], **change}
+    model = arguments.pop("model")
+    command = [sys.executable, "-m", "sb3_iris.play", model, "--agent", "--record", "game.gif"]
+    result = subprocess.run(
+        [*command, *(word for pair in arguments.items() for word in pair)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ") and said in result.stderr
 
 
 def test_model_of_other_images(path):
