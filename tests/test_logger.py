@@ -124,7 +124,7 @@ def test_networks_that_do_not_train_log_nothing(tmp_path):
 
 @pytest.mark.parametrize("log_interval, expected", [(1, 5), (2, 2), (5, 1), (6, 0), (None, 0)])
 def test_log_interval(log_interval, expected, tmp_path):
-    model = tiny(FrameEnv(), **{f"{network}_gradient_steps": 0 for network in NETWORKS})
+    model = tiny(FrameEnv(), world_model_gradient_steps=0, actor_critic_gradient_steps=0)
     model.set_logger(configure(str(tmp_path), ["json"]))
     model.learn(16, log_interval=log_interval)  # 4 epochs and a final training phase
     assert len(read_json(tmp_path)) == expected
