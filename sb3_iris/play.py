@@ -214,16 +214,25 @@ def record(window: Window, max_steps: int) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the window, and return when it is closed; or write a video."""
     args = parse_args(argv)
+    if not args.record:
+        try:
+            import pygame  # noqa: F401
+        except ImportError as error:
+            raise SystemExit("Playing needs the package pygame-ce: pip install 'sb3_iris[extra]'") from error
+    try:
+        window, keys = make_window(args)
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        gym.error.Error,
+    ) as error:  # of the model, or the game and its arguments
+        raise SystemExit(f"error: {error}") from error
     if args.record:
-        window, _ = make_window(args)
         write_video(args.record, record(window, args.max_episode_steps), args.fps)
         print(f"Wrote {args.record}: return {window.total:.3g}")
         return
-    try:
-        import pygame  # noqa: F401
-    except ImportError as error:
-        raise SystemExit("Playing needs the package pygame-ce: pip install 'sb3_iris[extra]'") from error
-    window, keys = make_window(args)
     from gymnasium.utils.play import play
 
     if args.agent:
@@ -234,7 +243,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError, gym.error.Error) as error:  # the user's to read, without a traceback
-        raise SystemExit(f"error: {error}") from None
+    main()

@@ -151,6 +151,8 @@ class SavingAlgorithm(BaseAlgorithm):
         unknown = sorted(kwargs.keys() - saved.keys() - {*known})
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: {cls.__name__} has no such argument")
+        if "stats_window_size" in kwargs:
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")  # SB3's attribute
         custom_objects = {**(custom_objects or {})}
         for changes in (kwargs, custom_objects):
             if "policy_kwargs" not in changes:

@@ -121,18 +121,19 @@ class TrainingWarnings:
         n_steps = at.last_step - at.first_step
         if n_steps <= 0:
             return
+        last_step = at.first_step + math.ceil(n_steps / model.n_envs) * model.n_envs
         wanted = [name for name in NETWORKS if getattr(model, f"{name}_gradient_steps") > 0]
         starts = {name: getattr(model, f"{name}_learning_starts") for name in wanted}
-        late = [name for name in wanted if starts[name] > at.last_step]
+        late = [name for name in wanted if starts[name] > last_step]
         if late:
             listed = ", ".join(f"{name}_learning_starts={starts[name]}" for name in late)
             self._warn_once(
                 "late",
-                f"This call of learn ends after {at.last_step} steps, before {listed}: {', '.join(late)} will not be trained "
-                "in it. Give it more steps, or let training start earlier",
+                f"This call of learn ends at step {last_step}, before {listed}: {', '.join(late)} will not be trained in it. "
+                "Give it more steps, or let training start earlier",
             )
         n_epochs = math.ceil(n_steps / model.train_freq)
-        if at.final_epochs > n_epochs and any(model.trains(name, at.last_step) for name in NETWORKS):
+        if at.final_epochs > n_epochs and any(model.trains(name, last_step) for name in NETWORKS):
             self._warn_once(
                 "final",
                 f"final_training_epochs={at.final_epochs} training phases follow the last step of this call of learn, more "
@@ -141,9 +142,11 @@ class TrainingWarnings:
             )
 
     def _look_at_rewards(self, model: "IRIS") -> None:
+        if "rewards" in self._warned:
+            return
         rewards = model.replay_buffer.rewards
         rewards = rewards[rewards != 0]
-        if "rewards" in self._warned or not len(rewards):
+        if not len(rewards):
             return
         least, most = rewards[np.abs(rewards).argmin()], rewards[np.abs(rewards).argmax()]
         # In games with scores, whole numbers of one sign, that is as usual
@@ -220,7 +223,7 @@ def untrained(model: "IRIS") -> list[str]:
             trained = bool(network.quantizer.n_patches)
         else:
             norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
-            trained = any(bool(norm.bias.any()) for norm in norms)
+            trained = not norms or any(bool(norm.bias.any()) for norm in norms)  # without norms there is nothing to tell by
         if not trained:
             names.append(name)
     return names

@@ -193,6 +193,7 @@ def test_custom_objects_and_keywords(file):
     assert steps.learning_rates == [5e-3] * 6  # one epoch and a final phase
     with pytest.raises(ValueError, match=r"gamma=2"):
         IRIS.load(file, gamma=2)
+    assert IRIS.load(file, stats_window_size=7, env=FrameEnv()).learn(4).ep_info_buffer.maxlen == 7
     with pytest.raises(ValueError, match=r"gama, temprature: IRIS has no such argument"):
         IRIS.load(file, temprature=2, gama=0.5)
 

@@ -201,13 +201,15 @@ def said_of(model: IRIS, *calls: int, reset_num_timesteps: bool = True) -> list[
 def test_calls_that_end_before_training_are_warned_of_once():
     starts = {"tokenizer_learning_starts": 10, "world_model_learning_starts": 11, "actor_critic_learning_starts": 30}
     expected = (
-        "This call of learn ends after 10 steps, before world_model_learning_starts=11, actor_critic_learning_starts=30: "
+        "This call of learn ends at step 10, before world_model_learning_starts=11, actor_critic_learning_starts=30: "
         "world_model, actor_critic will not be trained in it"
     )
     said = said_of(tiny(FrameEnv(), **starts), 10, 10)
     assert sum(expected in message for message in said) == sum("This call of learn ends" in message for message in said) == 1
     said = said_of(tiny(FrameEnv(), **starts), 10, 20, reset_num_timesteps=False)
     assert sum("This call of learn ends" in message for message in said) == 1
+    together = tiny(frame_envs(8), **{**starts, "actor_critic_learning_starts": 16})  # which take 16 steps for 10
+    assert not any("This call of learn ends" in message for message in said_of(together, 10))
     for fine in ({**starts, "actor_critic_gradient_steps": 0, "world_model_learning_starts": 10}, {}):
         assert not any("This call of learn ends" in message for message in said_of(tiny(FrameEnv(), **fine), 0, 10))
 
