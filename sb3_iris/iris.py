@@ -77,7 +77,7 @@ class IRIS(SavingAlgorithm):
       enough for. What is undefined is left out. Training stays as it is.
     - ``time/``: seconds of collection, of each network's training and of ``held_out``.
 
-    Warnings say, once, when one of the networks is sick, and what to do.
+    Warnings say, once, when one of the networks is sick, or settings, rewards or threads stand in its way, and what to do.
 
     :param policy: ``"CnnPolicy"`` or a subclass of ``CnnLstmPolicy``.
     :param env: Environment with uint8 images and Discrete actions, or its name if it is registered with Gymnasium.

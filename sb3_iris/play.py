@@ -221,13 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit("Playing needs the package pygame-ce: pip install 'sb3_iris[extra]'") from error
     try:
         window, keys = make_window(args)
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        ImportError,
-        gym.error.Error,
-    ) as error:  # of the model, or the game and its arguments
+    # Of the model, or the game and its arguments
+    except (ValueError, TypeError, OSError, ImportError, gym.error.Error) as error:
         raise SystemExit(f"error: {error}") from error
     if args.record:
         write_video(args.record, record(window, args.max_episode_steps), args.fps)
