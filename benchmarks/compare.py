@@ -292,6 +292,9 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         raise ValueError(f"{out} has runs of other or of several protocols in it: {sorted(map(str, protocols))}")
     _, env, steps, eval_games = protocols.pop()
     rows = []
+    header = ["Algorithm", "Runs", "Mean score", "IQM", "Hours a run", "On"]
+    if reach is not None:
+        header.append(f"Steps to {reach:g}")
     figure, (of_games, of_rewards) = plt.subplots(1, 2, figsize=(11, 4))
     at = np.linspace(0, steps, CURVE_POINTS + 1)[1:]
 
@@ -304,7 +307,7 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         if not of_algo:
             continue
         if not done:
-            rows.append([algo, f"0 of {len(of_algo)}", *["-"] * (4 if reach is None else 5)])
+            rows.append([algo, f"0 of {len(of_algo)}", *["-"] * (len(header) - 2)])
             continue
         points, bounds = intervals({algo: np.array([[data["score"]] for data in done])}, estimates, reps)
         cells = [f"{points[algo][i]:.2f} [{bounds[algo][0, i]:.2f}, {bounds[algo][1, i]:.2f}]" for i in range(2)]
@@ -334,10 +337,8 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     save(figure, out / "compare")
-    header = ["Algorithm", "Runs", "Mean score", "IQM", "Hours a run", "On"]
     note = ""
     if reach is not None:
-        header.append(f"Steps to {reach:g}")
         note = f" Steps: the first after which {eval_games} training games in a row had that mean, run by run."
     markdown = (
         f"# {env}, {steps:,} env steps\n\nScores of {eval_games} games after training, actions sampled. Square brackets: 95 % "

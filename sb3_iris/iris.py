@@ -392,14 +392,14 @@ class IRIS(SavingAlgorithm):
             "actor_critic": self._actor_critic_loss,
         }
         for name in NETWORKS:
-            if self.trains(name, self.num_timesteps):
+            if self._trains(name, self.num_timesteps):
                 optimizer, n_steps = getattr(self.policy, f"{name}_optimizer"), getattr(self, f"{name}_gradient_steps")
                 self._train_network(name, getattr(self.policy, name), optimizer, losses[name], n_steps)
                 if name == "tokenizer":
                     self.replay_buffer.forget_tokens()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def trains(self, network: str, num_timesteps: float) -> bool:
+    def _trains(self, network: str, num_timesteps: float) -> bool:
         """
         :param network: ``"tokenizer"``, ``"world_model"`` or ``"actor_critic"``.
         :param num_timesteps: Env steps taken.
@@ -578,7 +578,7 @@ class IRIS(SavingAlgorithm):
         progress_at_end = at.last_step + at.final_epochs * self.train_freq
         while self.num_timesteps < at.last_step or at.epoch_end is not None or at.final_epochs_left > 0:
             is_final = self.num_timesteps >= at.last_step and at.epoch_end is None
-            if is_final and not any(self.trains(name, self.num_timesteps) for name in NETWORKS):
+            if is_final and not any(self._trains(name, self.num_timesteps) for name in NETWORKS):
                 at.final_epochs_left = 0
                 break
             if is_final:

@@ -71,7 +71,7 @@ class TrainingWarnings:
         :param at: Where the call is.
         """
         for message in self._postponed:
-            warnings.warn(message)
+            warnings.warn(message, stacklevel=3)  # where `learn` was called
         self._postponed.clear()
         self._look_at_schedule(model, at)
         if model.device.type == "cpu" and "days" not in self._warned and (days := projected_days(model)) > MANY_DAYS:
@@ -133,7 +133,7 @@ class TrainingWarnings:
                 "Give it more steps, or let training start earlier",
             )
         n_epochs = math.ceil(n_steps / model.train_freq)
-        if at.final_epochs > n_epochs and any(model.trains(name, last_step) for name in NETWORKS):
+        if at.final_epochs > n_epochs and any(model._trains(name, last_step) for name in NETWORKS):
             self._warn_once(
                 "final",
                 f"final_training_epochs={at.final_epochs} training phases follow the last step of this call of learn, more "

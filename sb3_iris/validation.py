@@ -85,7 +85,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
         raise ValueError(
             f"env has actions {action_space}, but IRIS plays Discrete actions that count from 0 only. Wrap the environment so "
-            "that it takes such (for instance with Gymnasium's TransformAction)"
+            "that it takes those (for instance with Gymnasium's TransformAction)"
         )
     if len(observation_space.shape or ()) != 3 or not is_image_space(observation_space):
         raise ValueError(
