@@ -21,9 +21,9 @@ setup(
     package_data={"sb3_iris": ["py.typed", "version.txt", "*.cpp"]},
     python_requires=">=3.10",
     install_requires=[
-        # The base classes; 2.6 is the first release for which the lower bound of torch below is the same as SB3's own
-        "stable_baselines3>=2.6.0,<3.0",
-        "sb3_contrib>=2.6.0,<3.0",
+        # The base classes; 2.7 is the first release with LinearSchedule, which the kept agent and settings of benchmarks/ have
+        "stable_baselines3>=2.7.0,<3.0",
+        "sb3_contrib>=2.7.0,<3.0",
         "torch>=2.3,<3.0",
         "gymnasium>=1.0,<2.0",
         "numpy>=1.20,<3.0",
@@ -47,7 +47,7 @@ setup(
             "matplotlib",
             "imageio",
             "pyyaml",
-            "rl_zoo3>=2.6,<3.0",
+            "rl_zoo3>=2.7,<3.0",
             "rliable>=1.2",
             "pandas<3",
             "requests",

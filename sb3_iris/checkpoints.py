@@ -265,10 +265,9 @@ def _restore(
     unknown = sorted(arguments.keys() - {*argument_names(cls), "policy"})
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: IRIS has no such argument")
-    if arguments["buffer_size"] != manifest["arguments"]["buffer_size"]:
-        raise ValueError(
-            f"buffer_size={arguments['buffer_size']} cannot be changed: it is {manifest['arguments']['buffer_size']}"
-        )
+    for name in ("buffer_size", "sequence_length"):
+        if arguments[name] != manifest["arguments"][name]:
+            raise ValueError(f"{name}={arguments[name]} cannot be changed: it is {manifest['arguments'][name]}")
     model = cls(arguments.pop("policy"), env, device=device, _init_setup_model=False, **arguments)
     with open(checkpoint / "networks.npz", "rb") as file:
         arrays = ArrayFile(file)

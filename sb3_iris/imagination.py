@@ -84,7 +84,7 @@ class ImaginedGame:
         self.temperature = temperature
         self.generator = generator
         # With so many frames in the context, a step and the frame after it just fit
-        self.max_frames = world_model.max_length // (world_model.tokens_per_frame + 1) - 1
+        self.max_frames = world_model.sequence_length - 1
         assert 1 <= kept_frames <= self.max_frames, (kept_frames, self.max_frames)
         self.kept_frames = kept_frames
 

@@ -534,8 +534,7 @@ class IRIS(SavingAlgorithm):
             which are no finite numbers.
         :raises FloatingPointError: If a loss or a gradient is not finite. The networks are then spoilt.
         """
-        check_learn_arguments(self.env, total_timesteps, log_interval)
-        check_hyperparameters(self)  # which may have been changed since
+        check_learn_arguments(self, total_timesteps, log_interval)
         total_timesteps = math.ceil(total_timesteps)  # 1e5 is welcome
         progress = self._learn_progress if self._resumed and reset_num_timesteps else None
         if progress is not None:

@@ -130,7 +130,8 @@ class SavingAlgorithm(BaseAlgorithm):
         Load a model saved with ``save``; see ``BaseAlgorithm.load``. Parts of such a file are pickles, which can run code:
         load only files you trust.
 
-        :raises ValueError: If the file was not saved by this algorithm, or ``kwargs`` has a name that it does not know.
+        :raises ValueError: If the file was not saved by this algorithm, ``kwargs`` has a name that it does not know, or
+            ``sequence_length`` is not the model's.
         """
         file = open_path(path, "r", verbose=0, suffix="zip")
         try:
@@ -155,6 +156,9 @@ class SavingAlgorithm(BaseAlgorithm):
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")  # SB3's attribute
         custom_objects = {**(custom_objects or {})}
         for changes in (kwargs, custom_objects):
+            length = saved.get("sequence_length")  # which the world model is made for
+            if changes.get("sequence_length", length) != length:
+                raise ValueError(f"sequence_length={changes['sequence_length']} cannot be changed: it is {length}")
             if "policy_kwargs" not in changes:
                 continue
             given = tuples_to_lists(changes["policy_kwargs"] or {})

@@ -193,8 +193,8 @@ class TrainingWarnings:
         if noise := untrained(model):
             self._warn_once(
                 "noise",
-                f"The actor-critic is trained in a game that is noise, as {' and '.join(noise)} had no training: let them "
-                "start earlier, by tokenizer_learning_starts and world_model_learning_starts",
+                f"The actor-critic is trained in a game that is noise, as the {' and the '.join(noise)} had no training: let "
+                "them start earlier, by tokenizer_learning_starts and world_model_learning_starts",
             )
         entropy, n_actions = logged["actor_critic/entropy"], model.action_space.n
         if n_actions > 1 and entropy < NO_ENTROPY * math.log(n_actions):

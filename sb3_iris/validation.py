@@ -193,14 +193,18 @@ def check_hyperparameters(model: "IRIS") -> None:
         )
 
 
-def check_learn_arguments(env: Any, total_timesteps: float, log_interval: int | None) -> None:
+def check_learn_arguments(model: "IRIS", total_timesteps: float, log_interval: int | None) -> None:
     """
-    :param env: The model's environment, or None.
+    :param model: The model, whose hyperparameters may have been changed since it was made.
     :param total_timesteps: As given to ``learn``.
     :param log_interval: As given to ``learn``.
     :raises ValueError: For the first that ``learn`` cannot work with.
     """
-    if env is None:
+    check_hyperparameters(model)
+    length = model.policy.world_model.sequence_length
+    if model.sequence_length != length:
+        raise ValueError(f"sequence_length={model.sequence_length} cannot be changed: it is {length}")
+    if model.env is None:
         raise ValueError("env=None: the model was loaded without an environment, give it one with set_env()")
     if not (isinstance(total_timesteps, Real) and 0 <= total_timesteps < math.inf):
         raise ValueError(f"total_timesteps={total_timesteps!r} must be a finite number of at least 0")

@@ -116,6 +116,7 @@ class WorldModel(nn.Module):
         super().__init__()
         assert grid is None or grid[0] * grid[1] == tokens_per_frame, (grid, tokens_per_frame)
         self.tokens_per_frame = tokens_per_frame
+        self.sequence_length = sequence_length
         self.max_length = sequence_length * (tokens_per_frame + 1)
         self.token_embedding = nn.Embedding(codebook_size, embed_dim)
         self.action_embedding = nn.Embedding(n_actions, embed_dim)

@@ -384,6 +384,7 @@ def test_arguments(saved):
     for kwargs, message in (
         ({"gamma": 2}, r"checkpoint_.*gamma=2"),
         ({"buffer_size": 500}, "buffer_size=500 cannot be changed: it is 300"),
+        ({"sequence_length": 5}, "sequence_length=5 cannot be changed: it is 4"),
         ({"nonsense": 1}, "nonsense: IRIS has no such argument"),
         ({"policy_kwargs": {"embed_dim": 32}}, r"must be float32"),
         ({"policy": "MlpPolicy"}, "MlpPolicy"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from stable_baselines3 import PPO
 
+from benchmarks import compare
 from sb3_iris import IRIS
 
 ROOT = Path(__file__).parent.parent
@@ -41,11 +42,17 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(once, names)  # the run is over: taken up, it has nothing left to do
     assert names["model"].num_timesteps == 8
 
-    exec(laptop, names)
+    assert "learn(8_000" in laptop
+    exec(laptop.replace("learn(8_000", "learn(8"), names)
     model = names["model"]
     assert isinstance(model, IRIS) and model.policy.tokenizer.robust
-    model.final_training_epochs = 0
-    model.learn(8)
+    preset = compare.settings("iris", "CrazyClimber", "laptop")
+    assert model.n_envs == preset["n_envs"] and preset["learning_rate"] == "lin_1e-3"
+    assert callable(model.learning_rate) and model.learning_rate(0.5) == 0.5e-3
+    defaults = {"image_size": 64, "channel_multipliers": [1, 1, 1, 1, 1]}
+    assert {**defaults, **model.policy_kwargs} == preset["policy_kwargs"]
+    for name in preset.keys() - {*compare.OURS, "policy", "policy_kwargs", "learning_rate"}:
+        assert getattr(model, name) == preset[name], name
 
     exec(dream, names)
     assert isinstance(names["ppo"], PPO)

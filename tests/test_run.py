@@ -149,7 +149,9 @@ def test_training_without_gradients_is_an_error(context):
         model.learn(8)
 
 
-@pytest.mark.parametrize(("name", "value"), [("train_freq", 0), ("exploration_rate", 7), ("eval_temperature", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("train_freq", 0), ("exploration_rate", 7), ("eval_temperature", -1.0), ("sequence_length", 5)]
+)
 def test_hyperparameters_changed_since_are_checked(name, value):
     model = tiny(FrameEnv())
     setattr(model, name, value)

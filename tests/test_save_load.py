@@ -194,6 +194,10 @@ def test_custom_objects_and_keywords(file):
     with pytest.raises(ValueError, match=r"gamma=2"):
         IRIS.load(file, gamma=2)
     assert IRIS.load(file, stats_window_size=7, env=FrameEnv()).learn(4).ep_info_buffer.maxlen == 7
+    for changes in ({"sequence_length": 5}, {"custom_objects": {"sequence_length": 5}}):
+        with pytest.raises(ValueError, match="sequence_length=5 cannot be changed: it is 4"):
+            IRIS.load(file, **changes)
+    assert IRIS.load(file, sequence_length=4).sequence_length == 4
     with pytest.raises(ValueError, match=r"gama, temprature: IRIS has no such argument"):
         IRIS.load(file, temprature=2, gama=0.5)
 

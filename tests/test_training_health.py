@@ -246,7 +246,7 @@ def test_a_call_taken_up_near_its_end_is_no_short_one(tmp_path):
 
 def test_a_policy_trained_in_noise_is_warned_of_once():
     late = {"world_model_learning_starts": 100}
-    expected = "The actor-critic is trained in a game that is noise, as world model had no training"
+    expected = "The actor-critic is trained in a game that is noise, as the world model had no training"
     assert sum(expected in message for message in said_of(tiny(FrameEnv(), **late), 20)) == 1
     both = said_of(tiny(FrameEnv(), **late, tokenizer_learning_starts=100), 20)
     assert sum("noise, as tokenizer and world model had" in message for message in both) == 1
