@@ -24,11 +24,12 @@ setup(
         # The base classes; 2.7 is the first release with LinearSchedule, which the kept agent and settings of benchmarks/ have
         "stable_baselines3>=2.7.0,<3.0",
         "sb3_contrib>=2.7.0,<3.0",
-        "torch>=2.3,<3.0",
-        "gymnasium>=1.0,<2.0",
+        # 2.4 is the first release whose generators can be copied, and with them models
+        "torch>=2.4,<3.0",
+        "gymnasium>=1.1,<2.0",
         "numpy>=1.20,<3.0",
-        # Atari games; 0.10 is the first release for Gymnasium 1.0
-        "ale-py>=0.10",
+        # Atari games; 0.11.1 is the first release whose keys are for the actions that a game has, and imports Gymnasium 1.1
+        "ale-py>=0.11.1",
         # Resizing of observations
         "opencv-python-headless",
         # Logging and progress bar

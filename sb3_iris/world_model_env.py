@@ -104,7 +104,7 @@ class WorldModelVecEnv(VecEnv):
             # Two streams of one seed: which frames to start from, and what the world model says
             first, second = np.random.SeedSequence(seed).spawn(2)
             self._rng = np.random.default_rng(first)
-            self._generator.manual_seed(int(second.generate_state(1, np.uint64)[0] >> 1))
+            self._generator.manual_seed(int(second.generate_state(1, np.uint64)[0]) >> 1)
         self._reset_seeds()
         self._reset_options()
         self._actions = None
