@@ -249,7 +249,7 @@ def test_a_policy_trained_in_noise_is_warned_of_once():
     expected = "The actor-critic is trained in a game that is noise, as the world model had no training"
     assert sum(expected in message for message in said_of(tiny(FrameEnv(), **late), 20)) == 1
     both = said_of(tiny(FrameEnv(), **late, tokenizer_learning_starts=100), 20)
-    assert sum("noise, as tokenizer and world model had" in message for message in both) == 1
+    assert sum("noise, as the tokenizer and the world model had" in message for message in both) == 1
     assert not any("noise" in message for message in said_of(tiny(FrameEnv()), 20))
 
 
