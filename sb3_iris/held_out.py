@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sb3_iris.iris import IRIS
 
 MOST_STEPS = 320  # read of a collection, and
-MOST_SEGMENTS = 32  # imagined; at the README's laptop settings both take some 2 % of the time of a training phase
+MOST_SEGMENTS = 32  # imagined; at the README's laptop settings both take less than 2 % of the time of a training phase
 HORIZON = 20  # imagined steps, as in the paper
 LEAST_SEGMENTS = 8  # with a frame behind the last imagined step; the horizon is shorter where there are not as many
 EPOCHS = 10  # over which rare events are added up

@@ -155,8 +155,8 @@ class SavingAlgorithm(BaseAlgorithm):
         if "stats_window_size" in kwargs:
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")  # SB3's attribute
         custom_objects = {**(custom_objects or {})}
+        length = saved.get("sequence_length")  # which the world model is made for
         for changes in (kwargs, custom_objects):
-            length = saved.get("sequence_length")  # which the world model is made for
             if changes.get("sequence_length", length) != length:
                 raise ValueError(f"sequence_length={changes['sequence_length']} cannot be changed: it is {length}")
             if "policy_kwargs" not in changes:
