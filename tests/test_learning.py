@@ -16,11 +16,16 @@ class Catch(gym.Env):
     """
     A ball falls from a random column of a 6x6 grid, a paddle one cell wide moves at the bottom; a step is a row. The reward is
     1 if the ball is caught, else -1. Cells are two pixels wide. As in Mnih et al. 2014 (https://arxiv.org/abs/1406.6247).
+
+    :param background: Colour of empty cells.
     """
 
     SIDE = 6
     observation_space = spaces.Box(0, 255, (12, 12, 3), dtype=np.uint8)
     action_space = spaces.Discrete(3)
+
+    def __init__(self, background: tuple[int, int, int] = (0, 0, 0)) -> None:
+        self.background = background
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
@@ -36,9 +41,9 @@ class Catch(gym.Env):
         return self._frame(), reward, over, False, {}
 
     def _frame(self) -> np.ndarray:
-        grid = np.zeros((self.SIDE, self.SIDE, 3), dtype=np.uint8)
+        grid = np.full((self.SIDE, self.SIDE, 3), self.background, dtype=np.uint8)
         grid[self.SIDE - 1, self.paddle] = (0, 255, 0)
-        grid[tuple(self.ball)] += np.array((255, 0, 0), dtype=np.uint8)
+        grid[(*self.ball, 0)] = 255
         return grid.repeat(2, axis=0).repeat(2, axis=1)
 
 
@@ -80,12 +85,12 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch_tokenizer", [False, True])
-def test_catch(patch_tokenizer: bool) -> None:
+@pytest.mark.parametrize("patch_tokenizer, background", [(False, (0, 0, 0)), (True, (0, 0, 0)), (True, (90, 120, 200))])
+def test_catch(patch_tokenizer: bool, background: tuple[int, int, int]) -> None:
     """Random play catches the ball in about a sixth of the games, a return of -0.67; more than half of them is asked for."""
-    env = make_vec_env(Catch, n_envs=8, seed=0)
+    env = make_vec_env(Catch, n_envs=8, seed=0, env_kwargs={"background": background})
     settings = {**SETTINGS, "policy_kwargs": {**SETTINGS["policy_kwargs"], "patch_tokenizer": patch_tokenizer}}
     model = IRIS("CnnPolicy", env, seed=0, device="cpu", **settings).learn(3_200)
-    eval_env = make_vec_env(Catch, n_envs=8, seed=1_000)
+    eval_env = make_vec_env(Catch, n_envs=8, seed=1_000, env_kwargs={"background": background})
     returns, _ = evaluate_policy(model, eval_env, n_eval_episodes=100, deterministic=False, return_episode_rewards=True)
     assert np.mean(returns) > 0
