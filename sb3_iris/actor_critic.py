@@ -18,8 +18,7 @@ class ActorCritic(nn.Module):
     :param input_shape: (C, H, W) of a frame, or (codebook_dim, h, w) of its codes.
     :param n_actions: Number of actions A.
     :param lstm_hidden_size: Size of the LSTM's hidden and cell state.
-    :param sees_codes: Whether the inputs are codes, which are seen about their mean over the grid; frames are put on the
-        [-1, 1] scale.
+    :param sees_codes: Whether the inputs are codes, which are taken as they are; frames are put on the [-1, 1] scale first.
     """
 
     def __init__(
@@ -107,10 +106,7 @@ class ActorCritic(nn.Module):
         return th.autocast(inputs.device.type, enabled=False)
 
     def _features(self, inputs: th.Tensor) -> th.Tensor:
-        if self.sees_codes:
-            # Else the background's code, which is nearly everywhere, drowns all others
-            inputs = inputs - inputs.mean((-2, -1), keepdim=True)
-        else:
+        if not self.sees_codes:
             # Convolutions of three channels take much less time if these lie next to each other
             inputs = (2 * inputs - 1).contiguous(memory_format=th.channels_last)
         return self.cnn(inputs)

@@ -166,11 +166,13 @@ class PatchCodebook(VectorQuantizer):
     """
 
     n_patches: th.Tensor  # () int64, entries so far; the others are grey
+    background: th.Tensor  # () int64, the entry that was most frequent when the first were added
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.codebook.requires_grad_(False).zero_()
         self.register_buffer("n_patches", th.zeros((), dtype=th.int64))
+        self.register_buffer("background", th.zeros((), dtype=th.int64))
 
     @th.no_grad()
     def add(self, z: th.Tensor) -> None:
@@ -181,12 +183,15 @@ class PatchCodebook(VectorQuantizer):
         """
         flat = z.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * K, codebook_dim)
         n_patches = int(self.n_patches)
+        first = n_patches == 0
         new = flat[_unlike(flat, self.codebook[self.nearest(z).flatten()])] if n_patches else flat
         while len(new) and n_patches < len(self.codebook):
             self.codebook[n_patches] = new[0]
             n_patches += 1
             new = new[_unlike(new, new[0])]
         self.n_patches.fill_(n_patches)
+        if first:
+            self.background.copy_(self.nearest(z).flatten().bincount().argmax())
 
     def _squares(self) -> th.Tensor:
         """Not those of the entries that are not there yet, which are nobody's nearest."""
@@ -299,8 +304,12 @@ class PatchTokenizer(BaseTokenizer):
         super().__init__(image_shape, patch_size, nn.Sequential(to_patches), quantizer, nn.Sequential(to_frame))
 
     def codes(self, tokens: th.Tensor) -> th.Tensor:
-        """As pixels in [0, 1]: where the background is black, the actor-critic then need not learn to overlook it."""
-        return (super().codes(tokens) + 1) / 2
+        """
+        As how the pixels, on the [0, 1] scale, differ from the background's. What is nearly everywhere is zero then; else it
+        drowns what the actor-critic has to see.
+        """
+        background = F.embedding(self.quantizer.background, self.quantizer.codebook)  # an index would make a GPU wait
+        return (super().codes(tokens) - background[:, None, None]) / 2
 
     def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
         """

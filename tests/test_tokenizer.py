@@ -334,14 +334,18 @@ def test_patches_are_kept_exactly_and_for_ever(tiles: th.Tensor) -> None:
     assert len(tokenizer.encode(columns).unique()) == 1
 
 
-def test_actor_critic_sees_the_pixels_of_patches(tiles: th.Tensor) -> None:
-    """In [0, 1], as patches of 2x2 pixels on their grid, a channel's four pixels in raster order; others have their codes."""
-    frames = mosaics(tiles, 20, th.Generator().manual_seed(0))
+def test_actor_critic_sees_how_patches_differ_from_the_background(tiles: th.Tensor) -> None:
+    """In [-1, 1], as patches of 2x2 pixels on their grid, a channel's four pixels in raster order; others have their codes."""
+    generator = th.Generator().manual_seed(0)
+    background = mosaics(tiles[4:5], 11, generator)
     tokenizer = PatchTokenizer((3, 4, 6), codebook_size=16, patch_size=2).train()
-    tokenizer.loss(frames)
+    tokenizer.loss(th.cat([mosaics(tiles[:4], 10, generator), background]))
+    frames = mosaics(tiles, 20, generator)
+    tokenizer.loss(th.cat([frames, mosaics(tiles[:1], 100, generator)]))  # what comes later is no other background
     codes = tokenizer.codes(tokenizer.encode(frames).view(4, 5, 6))
     assert codes.shape == (4, 5, 12, 2, 3)
-    th.testing.assert_close(codes[1, 2, :, 1, 0].view(3, 2, 2), frames[7, :, 2:, :2])
+    th.testing.assert_close(codes[1, 2, :, 1, 0].view(3, 2, 2), (frames[7] - background[0])[:, 2:, :2])
+    assert not tokenizer.codes(tokenizer.encode(background)).any()
 
     plain = Tokenizer((3, 4, 6), codebook_size=16, codebook_dim=5, channels=4, channel_multipliers=(1, 1))
     tokens = th.arange(12).view(2, 6)
