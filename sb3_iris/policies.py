@@ -54,9 +54,9 @@ class CnnLstmPolicy(BasePolicy):
         apart, so that what it learns of neighbours at one place holds at all others; the paper's does not.
     :param lstm_hidden_size: Size of the actor-critic's LSTM state.
     :param actor_critic_input: What the actor-critic sees: ``"frames"`` as the tokenizer decodes them, the paper's, or
-        ``"codes"``, the codebook's entries for the frame's tokens on their grid, which saves all decoding. ``"auto"``: codes
-        if a side of the image, resized to ``image_size`` or not, has less than 32 pixels, where the paper's four max-pools
-        would leave a single position.
+        ``"codes"``, the codebook's entries for the frame's tokens on their grid, which saves all decoding (of patches, how
+        they differ from the background). ``"auto"``: codes if a side of the image, resized to ``image_size`` or not, has less
+        than 32 pixels, where the paper's four max-pools would leave a single position.
     :raises ValueError: If a size is not positive, or sizes do not go together.
     """
 
