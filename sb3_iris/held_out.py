@@ -34,9 +34,12 @@ class HeldOut:
     own and changes nothing.
 
     Under ``held_out/``, one step ahead: segments of up to ``sequence_length`` steps are read as in training. The accuracies
-    are those that training logs under ``world_model/``. Under ``held_out/imagined_``, ``HORIZON`` steps ahead, or as many as
-    the episodes just played are long enough for (``held_out/horizon``): the game is imagined from a real frame under the
-    real actions, past the context as in the policy's imagination, and compared after the last of these steps.
+    are those that training logs under ``world_model/``, and ``changed_token_accuracy``, that of tokens which are not as in
+    the frame before: they are few in most games, and a world model that only copies knows none of them.
+
+    Under ``held_out/imagined_``, ``HORIZON`` steps ahead, or as many as the episodes just played are long enough for
+    (``held_out/horizon``): the game is imagined from a real frame under the real actions, past the context as in the policy's
+    imagination, and compared after the last of these steps.
 
     Rewards that are not 0 and ends are rare, and a world model that is unsure of their moment never finds them the most
     likely class; what counts is whether they happen in imagination. So precision and recall are those of predictions that are
@@ -212,4 +215,10 @@ def _read(model: "IRIS", segments: np.ndarray, rare: Counter[str], generator: th
         rare[f"{name} right"] = int(((predicted == real) & (real != 0) & samples.mask).sum())
         rare[f"{name} predicted"] = int(((predicted != 0) & samples.mask).sum())
         rare[f"{name} real"] = int(((real != 0) & samples.mask).sum())
-    return {f"{name}_accuracy": logs[f"{name}_accuracy"].item() for name in ("token", "reward", "end")}
+    figures = {f"{name}_accuracy": logs[f"{name}_accuracy"].item() for name in ("token", "reward", "end")}
+    K = tokens.shape[-1]
+    after_first = output.token_logits[:, K - 1 : -1].argmax(-1).unflatten(1, (-1, K))  # (B, T - 1, K)
+    changed = (tokens[:, 1:] != tokens[:, :-1]) & samples.mask[:, 1:, None]
+    if changed.any():
+        figures["changed_token_accuracy"] = (after_first == tokens[:, 1:])[changed].float().mean().item()
+    return figures

@@ -74,7 +74,8 @@ class IRIS(SavingAlgorithm):
       ``end_accuracy`` compare with those of ``world_model/``; ``reward_`` and ``end_precision`` and ``_recall`` are those of
       rewards that are not 0 and of ends, sampled as in imagination, over the last 10 epochs. With ``imagined_`` in front the
       same at the last of ``horizon`` steps imagined from a real frame under the real actions, 20 or what the episodes are long
-      enough for. What is undefined is left out. Training stays as it is.
+      enough for. ``changed_token_accuracy``, one step ahead, is that of tokens which are not as in the frame before. What is
+      undefined is left out. Training stays as it is.
     - ``time/``: seconds of collection, of each network's training and of ``held_out``.
 
     Warnings say, once, when one of the networks is sick, or settings, rewards or threads stand in its way, and what to do.

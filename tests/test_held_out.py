@@ -83,14 +83,20 @@ def test_figures_by_hand():
 
     with th.no_grad():  # the four steps and the one that follow one another in each episode
         tokens = model._encode(steps["observations"])
-        right = n_predicted = 0
+        right = n_predicted = changed_right = n_changed = 0
         for part in (tokens[:, :4], tokens[:, 4:]):
             n = part.shape[1]
             actions = th.as_tensor(steps["actions"][:, 5 - n :] if n == 1 else steps["actions"][:, :4])
             predicted = model.policy.world_model(part, actions).token_logits.argmax(-1)[:, :-1]
             right += (predicted == part.flatten(1)[:, 1:]).sum().item()
             n_predicted += predicted.numel()
+            for t, k in np.ndindex(n - 1, part.shape[2]):
+                now, before = part[:, t + 1, k], part[:, t, k]
+                changed_right += ((predicted[:, (t + 1) * part.shape[2] + k - 1] == now) & (now != before)).sum().item()
+                n_changed += (now != before).sum().item()
     assert figures["held_out/token_accuracy"] == pytest.approx(right / n_predicted)
+    assert 0 < n_changed < n_predicted and 0 < changed_right
+    assert figures["held_out/changed_token_accuracy"] == pytest.approx(changed_right / n_changed)
 
     last = signs[:, 3:]
     assert figures["held_out/horizon"] == LENGTH - 1
@@ -128,7 +134,7 @@ def test_undefined_figures_are_not_logged():
     model = predicting(0, False, NoReward(length=None)).learn(40)
     figures = look(model, 30)
     expected = {f"{name}_accuracy" for name in ("token", "reward", "end")}
-    expected |= {f"imagined_{name}" for name in expected} | {"horizon"}
+    expected |= {f"imagined_{name}" for name in expected} | {"horizon", "changed_token_accuracy"}
     assert {key for key in figures if key.startswith("held_out")} == {f"held_out/{name}" for name in expected}
     assert figures["held_out/horizon"] == HORIZON  # five times the context
     for name in ("reward", "end"):
@@ -151,6 +157,7 @@ def test_one_step_alone():
     figures = look(predicting(1, True).learn(9 * LENGTH), 1)
     assert figures["held_out/horizon"] == 1 and "held_out/imagined_token_accuracy" not in figures
     assert {"held_out/imagined_reward_accuracy", "held_out/token_accuracy"} <= figures.keys()
+    assert "held_out/changed_token_accuracy" not in figures
 
 
 def test_a_learned_game():
