@@ -402,14 +402,6 @@ class Tokenizer(BaseTokenizer):
         downsampling = 2 ** (len(channel_multipliers) - 1)
         super().__init__(image_shape, downsampling, nn.Sequential(*encoder), quantizer, nn.Sequential(*decoder))
         self.robust = robust
-        self.register_buffer("mean_codes", th.zeros(codebook_dim, *self.grid))
-
-    def codes(self, tokens: th.Tensor) -> th.Tensor:
-        """
-        Less their mean over the frames that the tokenizer was trained on, at each place; else what is nearly always there
-        drowns what the actor-critic has to see.
-        """
-        return super().codes(tokens) - self.mean_codes
 
     def loss(self, frames: th.Tensor, perceptual_loss: PerceptualLoss | None = None) -> tuple[th.Tensor, Logs]:
         """
@@ -423,8 +415,6 @@ class Tokenizer(BaseTokenizer):
         x = 2 * frames - 1
         quantized = self.quantizer(self.encoder(x).float())
         x_hat = self.decoder(quantized.z_q).float()
-        if self.training:
-            self.mean_codes.lerp_(quantized.z_q.detach().mean(0), 0.1)
         if self.robust:
             variance = (x - x.mean(0)).square().mean()
             reconstruction_loss = F.mse_loss(x_hat, x) / variance.clamp(min=1e-4)  # as of a batch of one frame
