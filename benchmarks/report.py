@@ -12,7 +12,6 @@ or seed that is not there is shown as missing: aggregates then cover what all of
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,9 +145,12 @@ def intervals(
     scores: dict[str, Any], function: Callable[..., np.ndarray], reps: int, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Point estimates and 95 % stratified bootstrap intervals (over runs within games)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # rliable's way of giving a seed to arch
-        return library.get_interval_estimates(scores, function, reps=reps, random_state=np.random.RandomState(seed))
+    state = np.random.get_state()
+    np.random.seed(seed)  # rliable draws from NumPy's global stream, whatever its random_state
+    try:
+        return library.get_interval_estimates(scores, function, reps=reps)
+    finally:
+        np.random.set_state(state)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

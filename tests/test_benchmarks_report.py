@@ -80,6 +80,21 @@ def test_aggregates_by_hand() -> None:
     assert report.n_human(scores) == 2 and report.n_human(scores - 1) == 1
 
 
+def test_intervals_are_those_of_their_seed() -> None:
+    """The same in each report, whatever is drawn in between, of which they change nothing."""
+    scores = {"iris": np.arange(7.0)[:, None]}
+
+    def bounds(seed: int) -> np.ndarray:
+        return report.intervals(scores, report.aggregates, 30, seed)[1]["iris"]
+
+    np.random.seed(1)
+    first, drawn, second = bounds(0), np.random.rand(), bounds(0)
+    np.random.seed(1)
+    assert drawn == np.random.rand()
+    np.testing.assert_array_equal(first, second)
+    assert (first != bounds(1)).any()
+
+
 def test_missing_games_and_seeds(tmp_path: Path) -> None:
     """Aggregates cover what there is, the published ones too, and the table of games has gaps."""
     for seed in (0, 1, 2):
