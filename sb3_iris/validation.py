@@ -162,7 +162,8 @@ def check_hyperparameters(model: "IRIS") -> None:
     context, most = model.imagination_context, model.sequence_length - 1
     if isinstance(context, bool) or not isinstance(context, int | np.integer) or not 1 <= context <= most:
         raise ValueError(
-            f"imagination_context={context!r} must be a whole number from 1 to {most}, one less than sequence_length"
+            f"imagination_context={context!r} must be a whole number from 1 to {most}, one less than "
+            f"sequence_length={model.sequence_length}"
         )
     starts, stops = model.tokenizer_learning_starts, model.tokenizer_learning_stops
     if stops is not None and not (isinstance(stops, int | np.integer) and stops > starts):

@@ -39,7 +39,8 @@ def test_report_counts(monkeypatch, tmp_path):
         def __init__(self, *args, **kwargs):
             pass
 
-        def reset(self, tokens):
+        def reset(self, tokens, past=None):
+            assert past is None
             self.tokens = tokens
             self.frames = model.policy.tokenizer.decode(tokens)
 
