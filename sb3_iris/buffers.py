@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_iris.archive import ArrayFile, write_arrays
 from sb3_iris.frame_cache import FrameCache
-from sb3_iris.type_aliases import ContextSamples, Observe, PastSteps, SequenceSamples, TokenSamples
+from sb3_iris.type_aliases import ContextSamples, Observe, SequenceSamples, TokenSamples
 from sb3_iris.validation import check_memory
 
 Encode = Callable[[np.ndarray], th.Tensor]
@@ -232,7 +232,6 @@ class SequenceReplayBuffer(BaseBuffer):
         encode: Encode,
         observe: Observe,
         starts: Starts = EVERYWHERE,
-        n_past: int = 0,
     ) -> ContextSamples:
         """
         Sample frames to imagine from, as ``sample`` draws last steps with ``pad_left``, and what the actor-critic sees of the
@@ -245,32 +244,21 @@ class SequenceReplayBuffer(BaseBuffer):
         :param encode: Gives the tokens of frames, (n, C, H, W) uint8 to (n, K) int64.
         :param observe: Gives what the actor-critic sees, (n, K) int64 to (n, C, H, W) float32.
         :param starts: Which of the frames are those of particular steps.
-        :param n_past: Steps before each of them for the world model to read, as many of them as there are.
         :return: The frames, on the buffer's device.
         """
-        n_before = max(burn_in, n_past)
-        steps, envs, mask = self._draw(batch_size, n_before + 1, rng, True, starts)
-        rows = self._locate(steps, mask)
-        indices = rows * self.n_envs + envs[:, None]
+        steps, envs, mask = self._draw(batch_size, burn_in + 1, rng, True, starts)
+        indices = self._locate(steps, mask) * self.n_envs + envs[:, None]
 
         def see(frames: np.ndarray) -> th.Tensor:
             return observe(self._get_tokens(frames, encode).long())
 
         tokens = self._get_tokens(indices[:, -1], encode)
-        burnt_in = slice(n_before - burn_in, n_before)
-        before = mask[:, burnt_in]
+        before = mask[:, :-1]
         if before.any():
-            seen = self._seen.get(indices[:, burnt_in][before], see)
+            seen = self._seen.get(indices[:, :-1][before], see)
         else:  # no step before any of them; a frame tells the shape
             seen = see(indices[:1, -1])[:0]
-        past = None
-        if n_past > 0:
-            read = slice(n_before - n_past, n_before)
-            known = mask[:, read]
-            known_tokens = self._get_tokens(indices[:, read][known], encode) if known.any() else tokens[:0]
-            actions = self._gather(self.actions, rows[:, read], envs, known)
-            past = PastSteps(self._scatter(known_tokens.long(), known), actions, th.as_tensor(known, device=self.device))
-        return ContextSamples(tokens.long(), self._scatter(seen, before), th.as_tensor(before, device=self.device), past)
+        return ContextSamples(tokens.long(), self._scatter(seen, before), th.as_tensor(before, device=self.device))
 
     def _get_tokens(self, indices: np.ndarray, encode: Encode) -> th.Tensor:
         """Tokens of frames, (n,) int64 indices to (n, K) int32."""

@@ -38,8 +38,8 @@ class HeldOut:
     the frame before: they are few in most games, and a world model that only copies knows none of them.
 
     Under ``held_out/imagined_``, ``HORIZON`` steps ahead, or as many as the episodes just played are long enough for
-    (``held_out/horizon``): the game is imagined from a real frame under the real actions, with the past that the policy's
-    imagination knows, and compared after the last of these steps.
+    (``held_out/horizon``): the game is imagined from a real frame under the real actions, past the context as in the policy's
+    imagination, and compared after the last of these steps.
 
     Rewards that are not 0 and ends are rare, and a world model that is unsure of their moment never finds them the most
     likely class; what counts is whether they happen in imagination. So precision and recall are those of predictions that are
@@ -92,10 +92,8 @@ class HeldOut:
 
         horizon = _longest_horizon(parts[:, 2])
         segments = _cut(parts, horizon, rng, overlapping=True)[:MOST_SEGMENTS]
-        context = model.imagination_context
-        starts = [_start(model.replay_buffer, env, first, length, context - 1) for env, first, length in segments]
-        (measured,) = measure(model, starts, [horizon], 1.0, generator, context, context - 1)
-        sums = dict(zip(SUMS, measured, strict=True))
+        episodes = [(_episode(model.replay_buffer, *segment), 0) for segment in segments]
+        sums = dict(zip(SUMS, measure(model, episodes, [horizon], 1.0, generator, kept_frames=1)[0], strict=True))
         figures["horizon"] = horizon
         for name, right, all_of in (
             ("token", "token_accuracy", "frames"),
@@ -195,13 +193,10 @@ def _cut(parts: np.ndarray, length: int, rng: np.random.Generator, overlapping: 
     return rng.permutation(np.concatenate(segments))
 
 
-def _start(buffer: SequenceReplayBuffer, env: int, first: int, length: int, n_past: int) -> tuple[Episode, int]:
-    """A segment with up to ``n_past`` steps of its episode before it, and the step with which it begins."""
-    begins = buffer.episodes[buffer.episodes[:, 0] == env, 1]
-    before = min(first - begins[begins <= first].max(), n_past)
-    rows = buffer._locate(np.arange(first - before, first + length), np.ones(before + length, dtype=bool))
+def _episode(buffer: SequenceReplayBuffer, env: int, first: int, length: int) -> Episode:
+    rows = buffer._locate(np.arange(first, first + length), np.ones(length, dtype=bool))
     arrays = (buffer.observations, buffer.actions, buffer.rewards, buffer.terminations)
-    return Episode(*(array[rows, env] for array in arrays)), before
+    return Episode(*(array[rows, env] for array in arrays))
 
 
 def _read(model: "IRIS", segments: np.ndarray, rare: Counter[str], generator: th.Generator) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 
 from sb3_iris.actor_critic import ActorCritic, sample_categorical
-from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, LSTMState, Observe, PastSteps
+from sb3_iris.type_aliases import ContextSamples, ImaginedTrajectory, LSTMState, Observe
 from sb3_iris.world_model import WorldModel, WorldModelCache
 
 
@@ -109,25 +109,15 @@ class ImaginedGame:
         return cohort.cache
 
     @th.no_grad()
-    def reset(self, tokens: th.Tensor, past: PastSteps | None = None) -> th.Tensor:
+    def reset(self, tokens: th.Tensor) -> th.Tensor:
         """
         Start from given frames.
 
         :param tokens: (B, K) int64, the frames as the tokenizer encodes them
-        :param past: The steps before them, fewer than ``max_frames``, which show what the frames alone do not; None for none.
         :return: (B, C, H, W) float32, the frames as the player sees them
         """
         self.tokens = tokens
-        if past is None:
-            self._cohorts = [_Cohort(None, tokens, [])]
-        else:
-            self._cohorts = []
-            n_past = past.mask.sum(1).cpu().numpy()
-            for n in np.unique(n_past):
-                (rows,) = (n_past == n).nonzero()
-                indices = self._indices(rows)
-                steps = [(past.tokens[indices, -i], past.actions[indices, -i]) for i in range(n, 0, -1)]
-                self._cohorts.append(_Cohort(rows, tokens[indices], steps))
+        self._cohorts = [_Cohort(None, tokens, [])]
         return self.observe(tokens)
 
     @th.no_grad()
@@ -240,7 +230,6 @@ def play(
     state: LSTMState,
     horizon: int,
     temperature: float = 1.0,
-    past: PastSteps | None = None,
 ) -> list[ImaginedStep]:
     """
     Let the policy play imagined games. Gradients, where they are wanted, reach the actor-critic alone.
@@ -251,10 +240,9 @@ def play(
     :param state: LSTM state before them.
     :param horizon: Steps to play.
     :param temperature: Temperature of the policy's sampling; 0 takes the most likely action.
-    :param past: The steps before the first frames, for the world model alone; None for none.
     :return: The steps.
     """
-    frames: th.Tensor | None = game.reset(tokens, past)
+    frames: th.Tensor | None = game.reset(tokens)
     steps = []
     for t in range(horizon):
         assert frames is not None
@@ -278,13 +266,13 @@ def imagine(
 
     :param game: The world model's game.
     :param actor_critic: The policy to play and to be trained.
-    :param contexts: First frames of the games, and those before them, which are burnt in and which the world model reads.
+    :param contexts: First frames of the games, and those before them, which are burnt in.
     :param horizon: Steps to imagine, at least 2.
     :param temperature: Temperature of the policy's sampling; 0 takes the most likely action.
     :return: What was imagined.
     """
     state = actor_critic.burn_in(contexts.seen, contexts.mask)
-    steps = play(game, actor_critic, contexts.tokens, state, horizon, temperature, contexts.past)
+    steps = play(game, actor_critic, contexts.tokens, state, horizon, temperature)
     return ImaginedTrajectory(
         *(th.stack([getattr(step, name) for step in steps], dim=1) for name in ImaginedTrajectory._fields)
     )

@@ -142,17 +142,15 @@ class ImaginationGraph:
     ) -> ImaginedTrajectory:
         """
         :param policy: The networks.
-        :param contexts: As for ``imagine``, without a past: games that know more and less of it are not of one size.
+        :param contexts: As for ``imagine``.
         :param horizon: Steps to imagine, at least 2.
         :param dtype: Type that autocast casts to; None for none.
         :param compile: Whether to compile the decoder and the actor-critic's pass with gradients, and to use kernels of this
             package.
         :return: What was imagined. The next call overwrites it, values and logits only if they are compiled.
         """
-        assert contexts.past is None
         weights = (*policy.parameters(), *policy.buffers())
-        given = contexts[:3]
-        asked = (horizon, dtype, compile, *(part.shape for part in given), *(weight.data_ptr() for weight in weights))
+        asked = (horizon, dtype, compile, *(part.shape for part in contexts), *(weight.data_ptr() for weight in weights))
         if asked not in (self._recorded, self._failed):
             self._recorded = self._recording = None  # frees its memory first
             try:
@@ -167,8 +165,8 @@ class ImaginationGraph:
         recording = self._recording
         if recording is None or asked != self._recorded:
             return imagine(ImaginedGame(policy.observe, policy.world_model), policy.actor_critic, contexts, horizon)
-        for recorded, part in zip(recording.contexts[:3], given, strict=True):
-            recorded.copy_(part)
+        for recorded, given in zip(recording.contexts, contexts, strict=True):
+            recorded.copy_(given)
         recording.graph.replay()
         logits, values = recording.unroll(recording.frames, recording.state)
         return ImaginedTrajectory(recording.actions, recording.rewards, recording.ends, values, logits)
@@ -177,7 +175,7 @@ class ImaginationGraph:
     def _record(
         policy: CnnLstmPolicy, given: ContextSamples, horizon: int, dtype: th.dtype | None, compile: bool
     ) -> _Recording:
-        contexts = ContextSamples(given.tokens.clone(), given.seen.clone(), given.mask.clone())
+        contexts = ContextSamples(*(part.clone() for part in given))
         cast = CastWorldModel(policy.world_model, dtype, compile)
         observe = Compiled(policy.observe) if compile else policy.observe
 

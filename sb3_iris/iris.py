@@ -130,10 +130,6 @@ class IRIS(SavingAlgorithm):
     :param repeat_exploration: Whether a random action of collection is held for n steps, with a probability that falls with n
         squared (temporally-extended epsilon-greedy, https://arxiv.org/abs/2006.01782); the paper takes it once. For games
         whose rewards a random walk does not come to. ``exploration_rate`` is then how often such a stretch begins.
-    :param imagination_context: Real frames that the world model knows when imagination begins, or as many as the episode has,
-        the last of them the one to go on from; and frames that it goes on with when its context is full. In [1,
-        ``sequence_length`` - 1]. With the paper's 1 it has to guess, each time, what no single frame shows, such as where a
-        ball is flying. More take longer, on a GPU several times as long, since they go without the CUDA graph.
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it, on a CPU if ``embed_dim`` is 256 or more too; else float32.
         ``predict`` and collection are always in float32.
@@ -191,7 +187,6 @@ class IRIS(SavingAlgorithm):
         actor_critic_recent_share: float = 0.0,
         rewarded_share: float = 0.0,
         repeat_exploration: bool = False,
-        imagination_context: int = 1,
         amp: str | None = "auto",
         compile: bool | str = "auto",
         _init_setup_model: bool = True,
@@ -230,7 +225,6 @@ class IRIS(SavingAlgorithm):
         self.actor_critic_learning_starts = actor_critic_learning_starts
         self.sequence_length = sequence_length
         self.imagination_horizon = imagination_horizon
-        self.imagination_context = imagination_context
         self.burn_in = burn_in
         self.gamma = gamma
         self.gae_lambda = gae_lambda
@@ -486,15 +480,14 @@ class IRIS(SavingAlgorithm):
 
     def _actor_critic_loss(self) -> tuple[th.Tensor, Logs]:
         policy, starts = self.policy, self._starts("actor_critic", self.imagination_horizon)
-        n_past = self.imagination_context - 1
         contexts = self.replay_buffer.sample_contexts(
-            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, policy.observe, starts, n_past
+            self.actor_critic_batch_size, self.burn_in, self._rng, self._encode, policy.observe, starts
         )
-        if self.device.type == "cuda" and self.compile and n_past == 0:
+        if self.device.type == "cuda" and self.compile:
             compile = compiles(self.compile, self.device)
             trajectory = self._imagination_graph(policy, contexts, self.imagination_horizon, self._autocast_dtype, compile)
         else:
-            game = self._imagined_game(policy.observe, self._autocast_dtype, kept_frames=self.imagination_context)
+            game = self._imagined_game(policy.observe, self._autocast_dtype)
             trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
         return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef)
 

@@ -47,13 +47,10 @@ def projected_days(model: "IRIS", n_steps: int = 100_000) -> float:
     read = seconds(lambda n: model.policy.world_model(tokens[:n], tokens[:n, :, 0]))
     # A gradient step costs about three passes. Frames are encoded once; those burnt in count as if each were decoded each
     # time; imagining a step costs more than reading it, and the small actor-critic adds its part
-    context = model.imagination_context
-    read_anew = 1 + (context - 1) / (sequence_length - context)  # each frame, as a full context falls back to some of its own
     per_sample = {
         "tokenizer": 3 * (encode + decode),
         "world_model": 3 * read,
-        "actor_critic": 2 * model.imagination_horizon * (read_anew * read / sequence_length + observe)
-        + model.burn_in * observe,
+        "actor_critic": 2 * model.imagination_horizon * (read / sequence_length + observe) + model.burn_in * observe,
     }
     epochs = n_steps / model.train_freq + model.final_training_epochs
     samples = {name: getattr(model, f"{name}_batch_size") * getattr(model, f"{name}_gradient_steps") for name in NETWORKS}

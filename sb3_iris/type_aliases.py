@@ -39,14 +39,6 @@ class TokenSamples(NamedTuple):
     mask: th.Tensor  # (B, T) bool
 
 
-class PastSteps(NamedTuple):
-    """The steps before a batch of frames, which the world model reads before it imagines how the frames go on."""
-
-    tokens: th.Tensor  # (B, P, K) int64 in [0, V)
-    actions: th.Tensor  # (B, P) int64
-    mask: th.Tensor  # (B, P) bool, False where there was no step: padded on the left
-
-
 class ContextSamples(NamedTuple):
     """A batch of frames to imagine from, and what came before each of them."""
 
@@ -55,7 +47,6 @@ class ContextSamples(NamedTuple):
         th.Tensor
     )  # (B, T, C, H, W) float32, what the actor-critic sees of the T frames before; zeros where the mask is False
     mask: th.Tensor  # (B, T) bool, False where there was no frame
-    past: PastSteps | None = None  # None where imagination knows nothing but the frames
 
 
 class QuantizerOutput(NamedTuple):

@@ -159,12 +159,6 @@ def check_hyperparameters(model: "IRIS") -> None:
         value = getattr(model, name)
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    context, most = model.imagination_context, model.sequence_length - 1
-    if isinstance(context, bool) or not isinstance(context, int | np.integer) or not 1 <= context <= most:
-        raise ValueError(
-            f"imagination_context={context!r} must be a whole number from 1 to {most}, one less than "
-            f"sequence_length={model.sequence_length}"
-        )
     starts, stops = model.tokenizer_learning_starts, model.tokenizer_learning_stops
     if stops is not None and not (isinstance(stops, int | np.integer) and stops > starts):
         raise ValueError(

@@ -9,7 +9,6 @@ import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_iris.type_aliases import PastSteps
 from sb3_iris.validation import check_positive
 from sb3_iris.world_model_env import make_game, warn_if_untrained
 
@@ -187,7 +186,6 @@ def measure(
     temperature: float,
     generator: th.Generator,
     kept_frames: int | None,
-    n_past: int = 0,
 ) -> np.ndarray:
     """
     Imagine how episodes go on from some of their frames under the real actions, and compare.
@@ -198,7 +196,6 @@ def measure(
     :param temperature: As for ``make_game``.
     :param generator: As there.
     :param kept_frames: As there.
-    :param n_past: Steps before each start which the world model knows, as many of them as the episode has.
     :return: (horizons, sums) float64, added up over ``starts``; ``SUMS`` names the columns.
     """
     policy = model.policy
@@ -211,7 +208,7 @@ def measure(
     first_frames = policy.to_frames(real(0, 0))
     # Frames are decoded where they are compared
     game = make_game(model, temperature, generator, kept_frames, observe=lambda tokens: tokens)
-    game.reset(policy.tokenizer.encode(first_frames), _past_steps(model, starts, n_past) if n_past > 0 else None)
+    game.reset(policy.tokenizer.encode(first_frames))
     sums = []
     for t in range(max(horizons)):
         rewards, ends, _ = game.step(th.as_tensor(real(1, t), device=policy.device))
@@ -246,16 +243,3 @@ def measure(
             )
         )
     return np.array(sums, dtype=np.float64)
-
-
-def _past_steps(model: "IRIS", starts: list[tuple[Episode, int]], n_past: int) -> PastSteps:
-    """The steps of episodes before some of their frames."""
-    encode, policy = model.policy.tokenizer.encode, model.policy
-    steps = np.array([first for _, first in starts])[:, None] + np.arange(-n_past, 0)
-    mask = steps >= 0
-    frames, actions = (
-        np.stack([episode[column][np.maximum(of_one, 0)] for (episode, _), of_one in zip(starts, steps, strict=True)])
-        for column in (0, 1)
-    )
-    tokens = encode(policy.to_frames(frames))
-    return PastSteps(tokens, *(th.as_tensor(array, device=policy.device) for array in (actions, mask)))

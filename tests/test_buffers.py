@@ -245,41 +245,6 @@ def test_frequencies_of_recent_frames(steps_per_env: int, recent_steps: int, uni
         assert contexts.seen[row][contexts.mask[row]].flatten(1).tolist() == [[env, t, episode] for t in before]
 
 
-@pytest.mark.parametrize("burn_in, n_past", [(0, 1), (2, 5), (5, 2), (3, 3)])
-@pytest.mark.parametrize("steps_per_env", [60, 25])
-def test_past_of_frames(steps_per_env: int, burn_in: int, n_past: int) -> None:
-    """Tokens and actions of the steps before, as far as the episode goes; frames and what is burnt in are as without."""
-    history = play([[(20, False), (1, True), (7, False), (12, True)], [(5, True), (3, False), (30, True), (10, False)]], 40)
-    buffer = make_buffer(history, steps_per_env)
-    n_padded = []
-    for seed in range(20):
-        drawn = [
-            buffer.sample_contexts(
-                9,
-                burn_in,
-                np.random.default_rng(seed),
-                tokens_of,
-                lambda tokens: tokens[:, None, None].float(),
-                n_past=n,
-            )
-            for n in (0, n_past)
-        ]
-        without, contexts = drawn
-        assert without.past is None and contexts.past is not None
-        for ours, expected in zip(contexts[:3], without[:3], strict=True):
-            assert th.equal(ours, expected)
-        for row, (env, step, episode) in enumerate(contexts.tokens.tolist()):
-            steps = range(step - n_past, step)
-            before = [t for t in steps if t >= 40 - buffer.size() and episode_of(history[env - 1], t) == episode]
-            mask = contexts.past.mask[row]
-            assert mask.tolist() == [False] * (n_past - len(before)) + [True] * len(before)
-            assert contexts.past.tokens[row][mask].tolist() == [[env, t, episode] for t in before]
-            expected_actions = [buffer.actions[t % steps_per_env, env - 1].item() for t in before]
-            assert contexts.past.actions[row][mask].tolist() == expected_actions
-            n_padded.append(n_past - len(before))
-    assert min(n_padded) == 0 and max(n_padded) == n_past
-
-
 @pytest.mark.parametrize("n_recent", [0, 500])
 @pytest.mark.parametrize("within", [1, 4])
 def test_frequencies_of_rewarded_frames(within: int, n_recent: int) -> None:

@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import configure
 from sb3_iris import IRIS
 from sb3_iris.buffers import SequenceReplayBuffer
 from sb3_iris.held_out import EPOCHS, HORIZON, MISSED_REWARDS, HeldOut, real_rewards
-from tests.corridor import Corridor, corridor_frame, model_of
+from tests.corridor import Corridor, model_of
 from tests.presets import SIZE, FrameEnv, assert_equal, frame_envs, parameters, steps_in_buffer, tiny
 
 LENGTH = 5  # steps of FrameEnv's episodes
@@ -123,33 +123,6 @@ def test_rare_events_are_added_up_over_epochs():
     ten = signs[-10:]
     assert recalls[-1][1] == (ten == 1).sum() / (ten != 0).sum()  # the first two have been forgotten
     assert figures["held_out/reward_accuracy"] == pytest.approx((ten == 1).mean())  # not rare: of the newest steps alone
-
-
-class Ring(Corridor):
-    """A bright cell goes round by three places, one way in one episode, the other way in another, whatever the action."""
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position, self.n_steps, self.way = 0, 0, int(self.np_random.choice([-1, 1]))
-        return corridor_frame(self.position), {}
-
-    def step(self, action):
-        self.position = (self.position + self.way) % 3
-        self.n_steps += 1
-        return corridor_frame(self.position), 0.0, False, self.n_steps == 30, {}
-
-
-def test_motion_is_known_from_two_frames():
-    """A single frame does not show which way the cell goes, so a game that begins or goes on with one has to guess."""
-    model = model_of(Ring, world_model_gradient_steps=700)
-    accuracies = []
-    for model.imagination_context in (1, 2, 3):
-        figures = look(model, 600)
-        assert figures["held_out/horizon"] == HORIZON  # after which the ways have not met
-        accuracies.append(figures["held_out/imagined_token_accuracy"])
-    guessed, *known = accuracies
-    assert guessed < 0.7
-    assert min(known) > 0.85
 
 
 class NoReward(FrameEnv):

@@ -5,7 +5,7 @@ from sb3_iris.actor_critic import ActorCritic, actor_critic_loss, sample_categor
 from sb3_iris.imagination import ImaginedGame, imagine
 from sb3_iris.tokenizer import Tokenizer
 from sb3_iris.transformer import KVCache
-from sb3_iris.type_aliases import ContextSamples, PastSteps
+from sb3_iris.type_aliases import ContextSamples
 from sb3_iris.world_model import WorldModel
 
 V, A, K, CONTEXT = 6, 3, 4, 4  # codes, actions, tokens per frame, steps in the world model's context
@@ -111,59 +111,6 @@ def test_game_by_full_passes(networks: Networks) -> None:
         assert next_frames is not None
         assert th.equal(next_frames, networks.tokenizer.decode(tokens[:, -1]))
     assert tokens.unique().numel() > 2  # the game is not a dull one
-
-
-@pytest.mark.parametrize("kept_frames", [1, 2, CONTEXT - 1])
-@th.no_grad()
-def test_games_with_a_past_by_full_passes(networks: Networks, kept_frames: int) -> None:
-    """Games that know none, one or two steps before their first frame go on from all that they know, and from no more."""
-    n_past = [2, 0, 1, 2, 0]
-    B = len(n_past)
-    tokens, actions = th.randint(V, (B, 3, K)), th.randint(A, (B, 2))
-    past = PastSteps(tokens[:, :2], actions, th.tensor([[n == 2, n >= 1] for n in n_past]))
-    game = ImaginedGame(networks.tokenizer.decode, networks.world_model, 0, None, kept_frames)
-    frames = game.reset(tokens[:, 2], past)
-    assert th.equal(frames, networks.tokenizer.decode(tokens[:, 2]))
-    alone = networks.game(temperature=0)
-    alone.reset(tokens[:, 2])
-    known = [(tokens[row : row + 1, 2 - n :], actions[row : row + 1, 2 - n :]) for row, n in enumerate(n_past)]
-    for t in range(6):
-        played = th.randint(A, (B,))
-        rewards, ends, next_frames = game.step(played)
-        assert next_frames is not None
-        assert th.equal(next_frames, networks.tokenizer.decode(game.tokens))
-        if t == 0:
-            alone.step(played)
-            assert (game.tokens == alone.tokens).all(1)[1::3].all() and not th.equal(game.tokens, alone.tokens)
-        for row in range(B):
-            seen, done = known[row]
-            if seen.shape[1] > CONTEXT - 1:  # full
-                seen, done = seen[:, -kept_frames:], done[:, done.shape[1] - kept_frames + 1 :]
-            done = th.cat([done, played[row : row + 1, None]], dim=1)
-            output = networks.world_model(seen, done)
-            assert rewards[row] == output.reward_logits[0, -1].argmax() - 1
-            assert ends[row] == (output.end_logits[0, -1].argmax() == 1)
-            seen = th.cat([seen, game.tokens[row : row + 1, None]], dim=1)
-            logits = networks.world_model(seen, th.cat([done, done[:, :1]], dim=1)).token_logits[0, -K - 1 : -1]
-            assert th.equal(logits.argmax(-1), game.tokens[row])
-            known[row] = seen, done
-
-
-@th.no_grad()
-def test_the_past_of_contexts_is_imagined_from(networks: Networks) -> None:
-    tokens, actions = th.randint(V, (16, 3, K)), th.randint(A, (16, 2))
-    past = PastSteps(tokens[:, :2], actions, full_mask(16, 2))
-    given = contexts(networks, tokens)
-    with_past, without = (
-        imagine(networks.game(seed=1), networks.actor_critic, samples, horizon=3, temperature=0)
-        for samples in (given._replace(past=past), given)
-    )
-    assert th.equal(with_past.actions[:, 0], without.actions[:, 0])  # the policy has seen the same
-    game = networks.game(seed=1)
-    game.reset(tokens[:, 2], past)
-    rewards, ends, _ = game.step(with_past.actions[:, 0])
-    assert th.equal(with_past.rewards[:, 0], rewards) and th.equal(with_past.ends[:, 0], ends)
-    assert not th.equal(with_past.rewards, without.rewards)
 
 
 @th.no_grad()

@@ -16,7 +16,6 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack
 from sb3_iris import IRIS, CnnLstmPolicy
 from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.buffers import SequenceReplayBuffer, Starts
-from sb3_iris.imagination import imagine
 from tests.presets import (
     NETWORKS,
     NO_TRAINING,
@@ -407,7 +406,7 @@ def test_shares_of_a_batch(name, method, share, rewarded_share, n_envs, expected
     original = getattr(SequenceReplayBuffer, method)
 
     def sample(*args):
-        asked.extend(arg for arg in args if isinstance(arg, Starts))
+        asked.append(args[-1])
         return original(*args)
 
     monkeypatch.setattr(SequenceReplayBuffer, method, sample)
@@ -415,30 +414,6 @@ def test_shares_of_a_batch(name, method, share, rewarded_share, n_envs, expected
     model = tiny(frame_envs(n_envs), sequence_length=3, imagination_horizon=5, **settings).learn(8)
     within = model.sequence_length if name == "world_model" else model.imagination_horizon
     assert set(asked) == {Starts(*expected, within)}
-
-
-@pytest.mark.parametrize("context, burn_in", [(1, 2), (3, 2), (3, 0)])
-def test_imagination_context(context, burn_in, monkeypatch):
-    """Imagination knows so many frames, the first one that is imagined from included, and goes on with as many."""
-    played = []
-
-    def spy(game, actor_critic, contexts, horizon):
-        played.append((game.kept_frames, contexts))
-        return imagine(game, actor_critic, contexts, horizon)
-
-    monkeypatch.setattr("sb3_iris.iris.imagine", spy)
-    settings = {"imagination_context": context, "burn_in": burn_in, "imagination_horizon": 6, "actor_critic_batch_size": 8}
-    tiny(FrameEnv(), **settings).learn(12)
-    assert len(played) == 4
-    for kept_frames, contexts in played:
-        assert kept_frames == context
-        assert contexts.mask.shape == (8, burn_in)
-        if context == 1:
-            assert contexts.past is None
-        else:
-            assert contexts.past.tokens.shape[:2] == contexts.past.actions.shape == contexts.past.mask.shape == (8, 2)
-    if context > 1:
-        assert {n for _, contexts in played for n in contexts.past.mask.sum(1).tolist()} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("reward", [np.inf, -np.inf, np.nan, 1e39])

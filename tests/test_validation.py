@@ -95,7 +95,6 @@ NO_INTEGERS = [1.5, 10.0, "10", None, NAN, INF, True, (5,)]
         *cases(POSITIVE, [0, -1, *NO_INTEGERS], "whole number of at least 1"),
         *cases([*NOT_NEGATIVE, "burn_in", "final_training_epochs"], [-1, *NO_INTEGERS], "whole number of at least 0"),
         *cases(["sequence_length", "imagination_horizon"], [1, 0, -5, *NO_INTEGERS], "whole number of at least 2"),
-        *cases(["imagination_context"], [0, -1, 4, *NO_INTEGERS], "from 1 to 3, one less than sequence_length=4"),
         *cases(
             [
                 "gamma",

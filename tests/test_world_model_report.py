@@ -39,8 +39,7 @@ def test_report_counts(monkeypatch, tmp_path):
         def __init__(self, *args, **kwargs):
             pass
 
-        def reset(self, tokens, past=None):
-            assert past is None
+        def reset(self, tokens):
             self.tokens = tokens
             self.frames = model.policy.tokenizer.decode(tokens)
 
