@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("world_model_report"), help="files to write, without suffix")
     args = parser.parse_args()
+    if not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     env_kwargs = {name: literal(value) for name, _, value in (pair.partition("=") for pair in args.env_kwargs)}
 
     model = IRIS.load(args.model, device=args.device)
@@ -39,8 +41,8 @@ def main() -> None:
         model, env, args.steps, args.horizon, args.temperature, kept_frames=args.kept_frames, seed=args.seed
     )
     print(report.table())
-    args.out.with_suffix(".md").write_text(report.table() + "\n")
-    report.plot(args.out.with_suffix(".png"))
+    args.out.with_name(f"{args.out.name}.md").write_text(report.table() + "\n")
+    report.plot(args.out.with_name(f"{args.out.name}.png"))
 
 
 if __name__ == "__main__":

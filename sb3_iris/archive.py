@@ -127,7 +127,7 @@ def sync(path: Path) -> None:
     """
     if path.is_dir() and os.name != "posix":
         return  # elsewhere folders cannot be opened
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs what may be written to
     try:
         os.fsync(descriptor)
     finally:

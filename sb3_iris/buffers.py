@@ -60,8 +60,9 @@ class SequenceReplayBuffer(BaseBuffer):
     """
     Replay buffer of frames, actions, rewards, terminations and truncations that samples segments of single episodes.
 
-    Frames are kept once each, as uint8: 100,000 steps of 64x64 RGB take 1.2 GB. Memory is taken as the buffer fills.
-    Once full, the oldest steps of each environment are overwritten; what is left of their episode stays in use.
+    Frames are kept once each, as uint8: 100,000 steps of 64x64 RGB take 1.2 GB. Memory is taken as the buffer fills, and
+    asked for when it is first used, see ``allocate``: a model that only plays needs none. Once full, the oldest steps of each
+    environment are overwritten; what is left of their episode stays in use.
 
     :param buffer_size: Most steps to keep, over all environments.
     :param observation_space: uint8 images, (C, H, W).
@@ -69,10 +70,15 @@ class SequenceReplayBuffer(BaseBuffer):
     :param device: Where samples go.
     :param n_envs: Number of environments.
     :param uniform: Whether all steps are drawn alike; else an episode is drawn first.
-    :raises ValueError: If a full buffer would not fit into the machine's memory.
     """
 
     _arrays = ("observations", *OUTCOMES)
+    observations: np.ndarray  # (buffer_size, N, C, H, W) uint8; the others are (buffer_size, N)
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminations: np.ndarray
+    truncations: np.ndarray
+    episode_starts: np.ndarray
 
     def __init__(
         self,
@@ -87,20 +93,32 @@ class SequenceReplayBuffer(BaseBuffer):
         self.uniform = uniform
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.n_actions = int(action_space.n)
-        shape = (self.buffer_size, n_envs)
-        bytes_per_step = int(np.prod(self.obs_shape)) + sum(np.dtype(dtype).itemsize for dtype in OUTCOMES.values())
-        check_memory(buffer_size, self.buffer_size * n_envs * bytes_per_step)
-        self.observations = np.zeros((*shape, *self.obs_shape), dtype=np.uint8)
-        self.actions = np.zeros(shape, dtype=np.int64)
-        self.rewards = np.zeros(shape, dtype=np.float32)
-        self.terminations = np.zeros(shape, dtype=bool)
-        self.truncations = np.zeros(shape, dtype=bool)
-        self.episode_starts = np.zeros(shape, dtype=bool)
         self.n_added = 0  # steps of each environment since the last reset; step i lies in row i % buffer_size
         self.stored: Any = None  # what a checkpoint folder already has of the frames, see `checkpoints.py`
         self._episodes: np.ndarray | None = None  # (episodes, 3) int64, see `episodes`; None once it is out of date
         self._rewarded: np.ndarray | None = None  # (n, 2) int64, see `rewarded`; the same
         self._make_caches()
+
+    def allocate(self) -> None:
+        """
+        Ask for the memory of a full buffer, unless that was done before.
+
+        :raises ValueError: If the machine does not have it.
+        """
+        if "observations" in self.__dict__:
+            return
+        shape = (self.buffer_size, self.n_envs)
+        bytes_per_step = int(np.prod(self.obs_shape)) + sum(np.dtype(dtype).itemsize for dtype in OUTCOMES.values())
+        check_memory(self.buffer_size * self.n_envs, self.buffer_size * self.n_envs * bytes_per_step)
+        for name, dtype in OUTCOMES.items():
+            setattr(self, name, np.zeros(shape, dtype=dtype))
+        self.observations = np.zeros((*shape, *self.obs_shape), dtype=np.uint8)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in type(self)._arrays:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.allocate()
+        return self.__dict__[name]
 
     def _make_caches(self) -> None:
         """Of tokens and of what the actor-critic sees of them; the frame of row i and environment n has index i N + n."""
@@ -468,14 +486,14 @@ class SequenceReplayBuffer(BaseBuffer):
         """Pickle only what is filled, so that a file is as large as what it holds."""
         state = self.__dict__.copy()
         del state["_tokens"], state["_seen"]
-        for name in self._arrays:
+        for name in state.keys() & {*self._arrays}:
             state[name] = state[name][: self.size()]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_caches()
-        for name in self._arrays:
+        for name in state.keys() & {*self._arrays}:
             filled = state[name]
             array = np.zeros((self.buffer_size, *filled.shape[1:]), dtype=filled.dtype)
             array[: len(filled)] = filled

@@ -145,10 +145,9 @@ def real_rewards(buffer: SequenceReplayBuffer, n_rows: int, horizon: int) -> tup
     :return: Sums of reward signs of the windows that these steps complete, by their length or by an end, and their number.
     """
     total, n_windows, first_new = 0.0, 0, buffer.size() - n_rows
-    for env, first, length in buffer.episodes:
+    episodes = buffer.episodes
+    for env, first, length in episodes[episodes[:, 1] + episodes[:, 2] > first_new]:
         last = first + length
-        if last <= first_new:
-            continue
         steps = np.arange(max(first, first_new - horizon + 1), last)
         rows = buffer._locate(steps, np.ones(len(steps), dtype=bool))
         sums = np.append(0.0, np.sign(buffer.rewards[rows, env]).cumsum())

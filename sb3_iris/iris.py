@@ -31,6 +31,7 @@ from sb3_iris.checkpoint_callback import RunCheckpointCallback
 from sb3_iris.checkpoints import FolderLock, LearnProgress
 from sb3_iris.compilation import Compiled, compiles
 from sb3_iris.exploration import Exploration
+from sb3_iris.frame_cache import TOGETHER
 from sb3_iris.held_out import HeldOut
 from sb3_iris.imagination import ImaginedGame, imagine
 from sb3_iris.imagination_graph import ImaginationGraph
@@ -299,6 +300,8 @@ class IRIS(SavingAlgorithm):
             self.replay_buffer = SequenceReplayBuffer(
                 self.buffer_size, self.policy.image_space, self.action_space, self.device, self.n_envs, self.uniform_replay
             )
+            if self.env is not None:  # else it may have been loaded to play only, on a smaller machine
+                self.replay_buffer.allocate()
 
     def _make_policy(self) -> CnnLstmPolicy:
         self._setup_lr_schedule()
@@ -337,7 +340,9 @@ class IRIS(SavingAlgorithm):
         start = time.perf_counter()
         # The networks may have changed since the last collection: rebuild the LSTM state from the frames it has seen
         seen = self.replay_buffer.latest(self.burn_in, self._last_episode_starts)
-        state = self.policy.actor_critic.burn_in(self.policy.observe(self._encode(seen.observations)), seen.mask)
+        parts = seen.observations.flatten(0, 1).split(TOGETHER)  # of many environments they take much memory
+        inputs = th.cat([self.policy.observe(self._encode(part)) for part in parts])
+        state = self.policy.actor_critic.burn_in(inputs.unflatten(0, seen.mask.shape), seen.mask)
 
         going_on = True
         for _ in range(0, n_steps, self.n_envs):
@@ -357,7 +362,7 @@ class IRIS(SavingAlgorithm):
             new_obs, rewards, dones, infos = env.step(actions)
             if self._vec_normalize_env is not None:
                 rewards = self._vec_normalize_env.get_original_reward()
-            if not np.isfinite(rewards).all():
+            if not (np.abs(rewards) <= np.finfo(np.float32).max).all():  # they are kept as float32
                 raise ValueError(
                     f"env gave the rewards {rewards.tolist()} after {self.num_timesteps} steps: IRIS wants finite numbers, so "
                     "clip or replace the others in the environment"
@@ -536,6 +541,7 @@ class IRIS(SavingAlgorithm):
         :raises FloatingPointError: If a loss or a gradient is not finite. The networks are then spoilt.
         """
         check_learn_arguments(self, total_timesteps, log_interval)
+        self.replay_buffer.allocate()
         total_timesteps = math.ceil(total_timesteps)  # 1e5 is welcome
         progress = self._learn_progress if self._resumed and reset_num_timesteps else None
         if progress is not None:

@@ -152,8 +152,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     pairs = [pair.partition("=") for pair in args.env_kwargs]
     if not all(separator for _, separator, _ in pairs):
         parser.error(f"--env-kwargs {' '.join(args.env_kwargs)}: write each as NAME=VALUE")
-    if args.fps < 1:
-        parser.error(f"--fps {args.fps}: it must be at least 1")
+    for name in ("fps", "max_episode_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+    if not args.zoom > 0:
+        parser.error(f"--zoom {args.zoom}: it must be above 0")
     if args.record:
         if not args.agent:
             parser.error(f"--record {args.record}: without a window there are no keys, so add --agent")

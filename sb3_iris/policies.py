@@ -290,7 +290,8 @@ class CnnLstmPolicy(BasePolicy):
                 if observation.dtype == np.uint8 and observation.ndim in (3, 4) and observation.shape[-3:] == shape:
                     images = observation.reshape(-1, *shape)
                     images = images.transpose(0, 3, 1, 2) if channels_last else images
-                    return self.resize(images), observation.ndim == 4
+                    # PyTorch takes no flipped views, nor, without a warning, what is read-only
+                    return np.array(self.resize(images)), observation.ndim == 4
         raise ValueError(
             f"observation has dtype {observation.dtype} and shape {observation.shape}, but must be uint8 of shape "
             f"{self.observation_space.shape} or {self.image_space.shape}, or a batch of these, channels first or last"

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from sb3_iris.type_aliases import Logs, QuantizerOutput
 
-VISIBLE = 0.1  # difference of a value, on the [0, 1] scale, from which on something is not the same
+MOVING = 0.1  # difference of a value from the median frame, on the [0, 1] scale, from which on it counts as moving
+SAME = 0.01  # the same up to which two patches are one: two of 255 levels, and above what float32 products round off
 
 PerceptualLoss = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
@@ -157,9 +158,9 @@ class VectorQuantizer(nn.Module):
 
 class PatchCodebook(VectorQuantizer):
     """
-    Codes that are patches as they were first seen. They are added as they come and never change, so that a token means the
-    same for ever: the nearest-neighbour tokenizer of "Improving Transformer World Models for Data-Efficient RL",
-    https://arxiv.org/abs/2502.01591.
+    Codes that are patches as they were first seen, all that differ by more than 2 of 255 levels somewhere. They are added as
+    they come and never change, so that a token means the same for ever: the nearest-neighbour tokenizer of "Improving
+    Transformer World Models for Data-Efficient RL", https://arxiv.org/abs/2502.01591.
 
     :param codebook_size: Most entries V.
     :param codebook_dim: Values in a patch.
@@ -200,8 +201,8 @@ class PatchCodebook(VectorQuantizer):
 
 
 def _unlike(patches: th.Tensor, others: th.Tensor) -> th.Tensor:
-    """Whether a value differs visibly, for each of the patches (..., codebook_dim) on the [-1, 1] scale."""
-    return ((patches - others).abs() > 2 * VISIBLE).any(-1)
+    """Whether a value differs by more than ``SAME``, for each of the patches (..., codebook_dim) on the [-1, 1] scale."""
+    return ((patches - others).abs() > 2 * SAME).any(-1)
 
 
 class BaseTokenizer(nn.Module):
@@ -436,7 +437,7 @@ class Tokenizer(BaseTokenizer):
 
 
 @th.no_grad()
-def moving_error(x: th.Tensor, x_hat: th.Tensor, threshold: float = VISIBLE) -> th.Tensor:
+def moving_error(x: th.Tensor, x_hat: th.Tensor, threshold: float = MOVING) -> th.Tensor:
     """
     Mean absolute error where something moves: a lost ball costs nothing in the mean over all pixels, everything in the game.
 

@@ -132,6 +132,14 @@ class TrainingWarnings:
                 f"This call of learn ends at step {last_step}, before {listed}: {', '.join(late)} will not be trained in it. "
                 "Give it more steps, or let training start earlier",
             )
+        trains_at_once = any(model._trains(name, at.first_step) for name in NETWORKS)
+        if at.first_step > 0 and trains_at_once and model.replay_buffer.size() == 0:
+            self._warn_once(
+                "buffer",
+                f"The replay buffer is empty, though {at.first_step} steps were taken before: from this call's first "
+                "collection on networks are trained on what it holds, and soon know nothing else. Keep the buffer, too, by "
+                "save_replay_buffer() and load_replay_buffer(), or by save_checkpoint() and resume()",
+            )
         n_epochs = math.ceil(n_steps / model.train_freq)
         if at.final_epochs > n_epochs and any(model._trains(name, last_step) for name in NETWORKS):
             self._warn_once(
@@ -161,7 +169,7 @@ class TrainingWarnings:
 
     def _look_at_patches(self, logged: Mapping[str, Any], model: "IRIS") -> None:
         size = model.policy.tokenizer.codebook_size
-        if logged["tokenizer/n_patches"] >= size and logged["tokenizer/moving_error"] > 0:
+        if logged["tokenizer/n_patches"] >= size and logged["tokenizer/loss"] > 0:
             self._warn_once(
                 "patches",
                 f"The codebook is full: the game is drawn from more than codebook_size={size} patches, and new ones look like "

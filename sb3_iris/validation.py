@@ -41,7 +41,8 @@ def check_memory(buffer_size: int, n_bytes: int) -> None:
     if n_bytes > in_all:
         raise ValueError(
             f"buffer_size={buffer_size} takes {n_bytes / 1e9:.2f} GB of memory when it is full, but this machine has "
-            f"{in_all / 1e9:.2f} GB: make it at most {int(buffer_size * in_all / n_bytes)}, or image_size smaller"
+            f"{in_all / 1e9:.2f} GB: make it at most {int(buffer_size * in_all / n_bytes)}, which load takes too, or "
+            "image_size smaller. To play only, load the model without env"
         )
     if n_bytes > available:
         warnings.warn(

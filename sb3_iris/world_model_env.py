@@ -346,9 +346,12 @@ def reconstruct(model: "IRIS", observations: np.ndarray) -> np.ndarray:
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
     """
-    :param image: (C, H, W) uint8; of more than three channels the last frame of a stack is shown.
+    :param image: (C, H, W) uint8; of more than three channels the last frame of a stack is shown, of four of which the last
+        is 255 everywhere, as of RGBA, the first three.
     :return: (H, W, 3) uint8
     """
+    if len(image) == 4 and (image[3] == 255).all():
+        image = image[:3]
     n_channels = 3 if len(image) % 3 == 0 else 1
     return np.ascontiguousarray(np.broadcast_to(image[-n_channels:], (3, *image.shape[1:])).transpose(1, 2, 0))
 

@@ -164,6 +164,8 @@ def test_record_wants_an_agent(capsys):
             "--record no/such/folder/game.gif: name a file .* in a folder that there is",
         ),
         (["--fps", "0"], "--fps 0: it must be at least 1"),
+        (["--max-episode-steps", "-3"], "--max-episode-steps -3: it must be at least 1"),
+        (["--zoom", "0"], "--zoom 0.0: it must be above 0"),
     ],
 )
 def test_arguments_that_only_the_end_would_miss(options, said, capsys):
@@ -178,7 +180,6 @@ def test_arguments_that_only_the_end_would_miss(options, said, capsys):
         ({"model": "no_such_model.zip"}, "No such file"),
         ({"--env": "no_such_module:make"}, "No module named 'no_such_module'"),
         ({"--env": "NoSuchGame-v0"}, "NoSuchGame"),
-        ({"--max-episode-steps": "0"}, "max_episode_steps=0"),
         ({"--env-kwargs": "n_keys=3"}, "n_keys"),
     ],
 )

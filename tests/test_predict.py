@@ -175,7 +175,8 @@ def test_layouts_and_sizes(model, batched):
     assert model_size.shape == (6, 3, SIZE, SIZE)
     expected = act(model, env_size)
     for obs in (env_size, model_size):
-        for layout in (obs, obs.transpose(0, 2, 3, 1), np.ascontiguousarray(obs.transpose(0, 2, 3, 1))):
+        flipped = np.ascontiguousarray(obs[:, :, ::-1])[:, :, ::-1]  # a view as OpenGL's are
+        for layout in (obs, flipped, obs.transpose(0, 2, 3, 1), np.ascontiguousarray(obs.transpose(0, 2, 3, 1))):
             if batched:
                 actions, state = act(model, layout)
                 np.testing.assert_array_equal(actions, expected[0])

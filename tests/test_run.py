@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack
 from sb3_iris import IRIS, CnnLstmPolicy
 from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.buffers import SequenceReplayBuffer, Starts
+from sb3_iris.tokenizer import BaseTokenizer
 from tests.presets import (
     NETWORKS,
     NO_TRAINING,
@@ -423,6 +424,33 @@ def test_rewards_that_are_no_numbers(reward):
     with pytest.raises(ValueError, match=r"env gave the rewards \[(inf|-inf|nan)\] after 0 steps.*finite"):
         model.learn(8)
     assert model.replay_buffer.size() == 0
+
+
+def test_rewards_that_are_too_large_to_keep():
+    class Large(VecEnvWrapper):
+        def reset(self):
+            return self.venv.reset()
+
+        def step_wait(self):
+            obs, rewards, dones, infos = self.venv.step_wait()
+            return obs, np.full(len(rewards), 1e39), dones, infos  # float64, as SubprocVecEnv gives
+
+    with pytest.raises(ValueError, match=r"env gave the rewards \[1e\+39\] after 0 steps.*finite"):
+        tiny(Large(frame_envs())).learn(8)
+
+
+def test_burn_in_of_many_environments_is_encoded_in_parts(monkeypatch):
+    sizes = []
+    encode = BaseTokenizer.encode
+
+    def spy(tokenizer: BaseTokenizer, frames: th.Tensor) -> th.Tensor:
+        sizes.append(len(frames))
+        return encode(tokenizer, frames)
+
+    monkeypatch.setattr(BaseTokenizer, "encode", spy)
+    model = tiny(frame_envs(20, length=None), burn_in=30, buffer_size=2_000, train_freq=20 * 31, **NO_TRAINING)
+    model.learn(2 * 20 * 31)
+    assert [n for n in sizes if n > 20] == 2 * [256, 256, 88]  # what is played is read 20 at a time
 
 
 @pytest.mark.parametrize("n_envs, final_epochs", [(1, 0), (1, 2), (3, 0), (16, 0), (16, 1), (16, 4)])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -145,6 +146,18 @@ def test_full_codebook_of_patches_is_warned_of_once():
     assert sum("codebook" in str(warning.message) for warning in caught) == 1
 
 
+def test_full_codebook_that_loses_what_hardly_differs_is_warned_of():
+    """Which is nothing that moves, by the log."""
+    model = tiny(FrameEnv(), policy_kwargs={"patch_tokenizer": True, "codebook_size": 3})
+    logged = {"tokenizer/n_patches": 3.0, "tokenizer/moving_error": 0.0, "tokenizer/loss": 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model._training_warnings.look("tokenizer", logged, model)
+        model._training_warnings.look("tokenizer", {**logged, "tokenizer/n_patches": 2.0, "tokenizer/loss": 0.001}, model)
+    with pytest.warns(UserWarning, match="codebook is full"):
+        model._training_warnings.look("tokenizer", {**logged, "tokenizer/loss": 0.001}, model)
+
+
 def test_policy_without_entropy_is_warned_of_once():
     model = tiny(FrameEnv(), tokenizer_gradient_steps=0, world_model_gradient_steps=0)
     model.policy.actor_critic.actor.bias.data[0] = 100.0
@@ -226,6 +239,21 @@ def test_more_final_phases_than_others_are_warned_of_once():
     late = {f"{network}_learning_starts": 100 for network in NETWORKS}
     for fine in ({"final_training_epochs": 3}, {"final_training_epochs": 0}, {"final_training_epochs": 4, **late}):
         assert not any("final_training_epochs" in message for message in said_of(tiny(FrameEnv(), **fine), 12))
+
+
+def test_going_on_without_what_was_replayed_is_warned_of_once(tmp_path):
+    expected = "The replay buffer is empty, though 20 steps were taken before"
+    tiny(FrameEnv()).learn(20).save(tmp_path / "model")
+
+    def loaded(**kwargs: Any) -> IRIS:
+        return IRIS.load(tmp_path / "model", FrameEnv(), device="cpu", **kwargs)
+
+    said = said_of(loaded(), 8, 8, reset_num_timesteps=False)
+    assert sum(expected in message for message in said) == sum("buffer is empty" in message for message in said) == 1
+    assert not any("buffer is empty" in message for message in said_of(loaded(), 8))  # starts count from zero
+    late = {f"{network}_learning_starts": 100 for network in NETWORKS}
+    assert not any("buffer is empty" in message for message in said_of(loaded(**late), 8, reset_num_timesteps=False))
+    assert not any("buffer is empty" in message for message in said_of(tiny(FrameEnv()), 20, 8, reset_num_timesteps=False))
 
 
 def test_a_call_taken_up_near_its_end_is_no_short_one(tmp_path):
@@ -326,6 +354,22 @@ def test_share_of_the_machine(monkeypatch):
         tiny(frame_envs(5), buffer_size=500)
 
 
+def test_a_model_is_played_where_it_could_not_be_trained(monkeypatch, tmp_path):
+    model = tiny(FrameEnv(), buffer_size=500).learn(8)
+    observations = model.get_env().reset()
+    expected, _ = model.predict(observations, deterministic=True)
+    model.save(tmp_path / "model")
+    monkeypatch.setattr(validation, "machine_memory", lambda: (100_000.0, 100_000.0))
+    loaded = IRIS.load(tmp_path / "model", device="cpu")
+    assert loaded.predict(observations, deterministic=True)[0] == expected
+    loaded.set_env(FrameEnv())
+    with pytest.raises(ValueError, match="buffer_size=500"):
+        loaded.learn(4)
+    with pytest.raises(ValueError, match=r"buffer_size=500.*which load takes too.*load the model without env"):
+        IRIS.load(tmp_path / "model", FrameEnv(), device="cpu")
+    assert IRIS.load(tmp_path / "model", FrameEnv(), device="cpu", buffer_size=400).learn(4).replay_buffer.size() == 4
+
+
 @pytest.mark.parametrize(
     "groups, expected",
     [
@@ -362,5 +406,7 @@ def test_limits_of_control_groups(tmp_path, monkeypatch, groups, expected):
 def test_memory_of_the_papers_buffer():
     """100,000 steps of 64x64 RGB: 1.3 GB in all, frames and everything beside them; the tokens are cached on top."""
     buffer = SequenceReplayBuffer(100_000, spaces.Box(0, 255, (3, 64, 64), np.uint8), spaces.Discrete(6), "cpu")
+    assert not any(isinstance(value, np.ndarray) for value in vars(buffer).values())  # not before it is used
+    buffer.allocate()
     arrays = [value for value in vars(buffer).values() if isinstance(value, np.ndarray)]
     assert len(arrays) == 6 and sum(array.nbytes for array in arrays) < 1.24e9

@@ -206,6 +206,10 @@ def test_rendering(model):
     assert np.array_equal(to_rgb(gray), gray[0][..., None].repeat(3, -1))
     stack = np.arange(72, dtype=np.uint8).reshape(6, 3, 4)  # two RGB frames: the newer one is shown
     assert np.array_equal(to_rgb(stack), stack[3:].transpose(1, 2, 0))
+    grays = stack[:4].copy()
+    assert np.array_equal(to_rgb(grays), grays[3][..., None].repeat(3, -1))
+    grays[3] = 255  # RGBA
+    assert np.array_equal(to_rgb(grays), grays[:3].transpose(1, 2, 0))
 
 
 def test_vec_env_attributes(model):
