@@ -45,6 +45,7 @@ setup(
         # Scripts in benchmarks/; arch, which rliable needs, does not import with pandas 3; rl_zoo3 forgets to name requests
         "benchmarks": [
             "minatar>=1.0.15",
+            "gymnasium[box2d]",
             "matplotlib",
             "imageio",
             "pyyaml",
@@ -67,6 +68,7 @@ setup(
             "matplotlib",
             "imageio",
             "minatar>=1.0.15",
+            "gymnasium[box2d]",
             "pyyaml",
             "build",
         ],

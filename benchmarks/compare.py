@@ -47,7 +47,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import atari100k, runs
+from benchmarks import atari100k, car_racing_env, runs
 from sb3_iris import IRIS
 from sb3_iris.atari_wrappers import make_atari_env
 
@@ -62,6 +62,7 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
 PLAYERS = (*ALGOS, "random")
 CURVE_POINTS = 25
 OURS = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "sign_rewards")  # not the constructor's
+CAR_RACING = car_racing_env.NAME
 MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 EVALUATION_SEED = 1_000_000
 EVALUATION_ENVS = 10  # games at once
@@ -151,10 +152,11 @@ def settings(algo: str, env: str, preset: str = "paper") -> dict[str, Any]:
     if algo == "iris":
         if kind == "MinAtar":
             return yaml.safe_load(atari100k.SETTINGS.read_text())[f"MinAtar/{game}-v1"]
+        if env == CAR_RACING:
+            return yaml.safe_load(atari100k.SETTINGS.read_text())[env]
         return atari100k.section(preset, env)
-    return yaml.safe_load((HERE / "hyperparams" / "baselines.yml").read_text())["minatar" if kind == "MinAtar" else "atari"][
-        algo
-    ]
+    section = "minatar" if kind == "MinAtar" else "car_racing" if env == CAR_RACING else "atari"
+    return yaml.safe_load((HERE / "hyperparams" / "baselines.yml").read_text())[section][algo]
 
 
 def change(config: dict[str, Any], assignment: str) -> None:
@@ -190,6 +192,10 @@ def make_env(env: str, n_envs: int, seed: int, evaluation: bool, frame_stack: in
 
         game = env.removeprefix("MinAtar/")
         vec_env = make_vec_env(lambda: make_minatar(game), n_envs, seed=seed)
+    elif env == CAR_RACING:
+        vec_env = make_vec_env(
+            env, n_envs, seed=seed, wrapper_class=car_racing_env.wrap_car_racing, env_kwargs=dict(car_racing_env.SETTINGS)
+        )
     else:
         vec_env = make_atari_env(env, n_envs, seed=seed, evaluation=evaluation)
     if sign_rewards and not evaluation:
@@ -351,7 +357,9 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs and of the report")
-    parser.add_argument("--env", default="MinAtar/Breakout", help="MinAtar/GAME or an Atari game (default: MinAtar/Breakout)")
+    parser.add_argument(
+        "--env", default="MinAtar/Breakout", help="MinAtar/GAME, CarRacing-v3 or an Atari game (default: MinAtar/Breakout)"
+    )
     parser.add_argument("--algos", nargs="+", default=PLAYERS, choices=PLAYERS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--steps", type=int, default=10_000, help="env steps a run (default: 10000)")
@@ -372,11 +380,14 @@ def main() -> int:
         args.env = re.sub(r"^ALE/(.+)-v5$|^(MinAtar/.+)-v1$", r"\1\2", args.env)  # Gymnasium's names
         kind, _, game = args.env.rpartition("/")
         if kind not in ("", "MinAtar") or (kind == "MinAtar" and game not in MINATAR):
-            raise ValueError(f"--env {args.env}: give an Atari game, or MinAtar/ and one of {', '.join(MINATAR)}")
+            raise ValueError(
+                f"--env {args.env}: give {CAR_RACING}, an Atari game, or MinAtar/ and one of {', '.join(MINATAR)}"
+            )
         presets = atari100k.presets()
-        if args.preset not in presets or (kind == "MinAtar" and args.preset != "paper"):
+        is_atari = kind == "" and args.env != CAR_RACING
+        if args.preset not in presets or (not is_atari and args.preset != "paper"):
             raise ValueError(f"--preset {args.preset}: it must be one of {', '.join(presets)}, and is for Atari games only")
-        if kind == "":
+        if is_atari:
             make_atari_env(args.env).close()  # complains about an unknown game
         specs = {}
         for seed in dict.fromkeys(args.seeds):
