@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from benchmarks import compare, runs
+from benchmarks.car_racing_env import SETTINGS, wrap_car_racing
 
 HARDWARE = {"gpu": None, "cpu": "x", "cpus": 2}
 NETWORKS = ("tokenizer", "world_model", "actor_critic")
@@ -46,6 +48,47 @@ def test_every_algorithm(tmp_path: Path, algo: str) -> None:
         assert int(last["time/total_timesteps"]) == 240 and float(last["rollout/ep_len_mean"]) > 1
     else:
         assert compare.ALGOS[algo].load(tmp_path / "model.zip")._n_updates > 0 or algo in ("ppo", "recurrent_ppo")
+
+
+def test_car_racing() -> None:
+    """Four frames a step, of whose rewards the signs are given, without what time costs; the game's own score is counted."""
+    raw = gym.make(compare.CAR_RACING, continuous=False)
+    raw.reset(seed=5)
+    env = compare.make_env(compare.CAR_RACING, 1, seed=5, evaluation=False)
+    env.reset()
+    assert env.observation_space.shape == (3, 96, 96) and env.action_space == gym.spaces.Discrete(5)
+    signs = []
+    for step in range(25):
+        action = 3 if step % 2 else 0  # gas
+        frames, given = zip(*(raw.step(action)[:2] for _ in range(4)), strict=True)
+        observations, rewards, _, _ = env.step(np.array([action]))
+        np.testing.assert_array_equal(np.asarray(observations)[0].transpose(1, 2, 0), np.maximum(frames[2], frames[3]))
+        assert rewards[0] == (sum(map(float, given)) > 0)  # a piece of track gives some three points
+        assert env.get_attr("rewards")[0][-4:] == list(given)  # the monitor's
+        signs.append(rewards[0])
+    assert 0 < sum(signs) < 25
+
+    class Given(gym.Env):
+        observation_space, action_space = raw.observation_space, raw.action_space
+
+        def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+            return np.zeros((96, 96, 3), np.uint8), {}
+
+        def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+            return np.zeros((96, 96, 3), np.uint8), -100.0, True, False, {}
+
+    field = wrap_car_racing(Given())
+    field.reset()
+    assert field.step(0)[1:4] == (-1.0, True, False)
+
+
+def test_settings_of_car_racing_are_those_of_its_environment() -> None:
+    settings = compare.settings("iris", compare.CAR_RACING)
+    assert settings["env_wrapper"] == f"{wrap_car_racing.__module__}.{wrap_car_racing.__name__}"
+    assert settings["env_kwargs"] == SETTINGS
+    for algo in compare.ALGOS:
+        if algo != "iris":
+            assert compare.settings(algo, compare.CAR_RACING) != compare.settings(algo, "Pong")
 
 
 def test_rewards_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
