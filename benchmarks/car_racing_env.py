@@ -20,5 +20,12 @@ def wrap_car_racing(env: gym.Env) -> gym.Env:
     return TransformReward(MaxAndSkipObservation(env, skip=4), _sign)
 
 
+def make_car_racing() -> gym.Env:
+    """
+    :return: CarRacing as the networks see it, to play in.
+    """
+    return wrap_car_racing(gym.make(NAME, **SETTINGS))
+
+
 def _sign(reward: SupportsFloat) -> float:
     return float(float(reward) > 0) - float(float(reward) < -50)
