@@ -476,6 +476,7 @@ class SequenceReplayBuffer(BaseBuffer):
             n_envs,
             self.uniform,
         )
+        loaded.allocate()  # raises if the file asks for more than there is
         loaded.fill_outcomes(arrays, n_added, n_steps)
         for begin, end in loaded.blocks(n_added - n_steps):
             block_shape = (n_envs, end - begin, *self.obs_shape)
