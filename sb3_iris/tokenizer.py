@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sb3_iris.type_aliases import Logs, QuantizerOutput
 
 MOVING = 0.1  # difference of a value from the median frame, on the [0, 1] scale, from which on it counts as moving
-SAME = 0.01  # the same up to which two patches are one: two of 255 levels, and above what float32 products round off
+HALF_LEVEL = 0.5 / 255  # on the [0, 1] scale; by more than that bytes differ
 
 PerceptualLoss = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
@@ -140,12 +140,13 @@ class VectorQuantizer(nn.Module):
         flat = z.flatten(2).transpose(1, 2)  # (B, K, codebook_dim)
         with th.autocast(z.device.type, enabled=False):  # entries differ by less than bfloat16 tells apart
             # |z - e|^2 without |z|^2, which is the same for all entries
-            distances = self._squares() - 2 * flat @ self.codebook.t()  # (B, K, V)
+            codebook = self.codebook.to(flat.dtype)
+            distances = self._squares(codebook) - 2 * flat @ codebook.t()  # (B, K, V)
         return distances.argmin(-1)
 
-    def _squares(self) -> th.Tensor:
+    def _squares(self, codebook: th.Tensor) -> th.Tensor:
         """(V,) squared lengths of the entries."""
-        return self.codebook.square().sum(1)
+        return codebook.square().sum(1)
 
     def lookup(self, tokens: th.Tensor, grid: Sequence[int]) -> th.Tensor:
         """
@@ -158,9 +159,9 @@ class VectorQuantizer(nn.Module):
 
 class PatchCodebook(VectorQuantizer):
     """
-    Codes that are patches as they were first seen, all that differ by more than 2 of 255 levels somewhere. They are added as
-    they come and never change, so that a token means the same for ever: the nearest-neighbour tokenizer of "Improving
-    Transformer World Models for Data-Efficient RL", https://arxiv.org/abs/2502.01591.
+    Codes that are patches as they are seen, each that is not there yet. They are added as they come and never change, so that
+    a token means the same for ever: the nearest-neighbour tokenizer of "Improving Transformer World Models for Data-Efficient
+    RL", https://arxiv.org/abs/2502.01591.
 
     :param codebook_size: Most entries V.
     :param codebook_dim: Values in a patch.
@@ -194,15 +195,19 @@ class PatchCodebook(VectorQuantizer):
         if first:
             self.background.copy_(self.nearest(z).flatten().bincount().argmax())
 
-    def _squares(self) -> th.Tensor:
+    def nearest(self, z: th.Tensor) -> th.Tensor:
+        """As in ``VectorQuantizer``, in float64: patches may differ by less than products of float32 or TF32 tell apart."""
+        return super().nearest(z.double())
+
+    def _squares(self, codebook: th.Tensor) -> th.Tensor:
         """Not those of the entries that are not there yet, which are nobody's nearest."""
         there = th.arange(len(self.codebook), device=self.codebook.device) < self.n_patches
-        return super()._squares().masked_fill(~there, math.inf)
+        return super()._squares(codebook).masked_fill(~there, math.inf)
 
 
 def _unlike(patches: th.Tensor, others: th.Tensor) -> th.Tensor:
-    """Whether a value differs by more than ``SAME``, for each of the patches (..., codebook_dim) on the [-1, 1] scale."""
-    return ((patches - others).abs() > 2 * SAME).any(-1)
+    """Whether a byte differs, for each of the patches (..., codebook_dim) on the [-1, 1] scale."""
+    return ((patches - others).abs() > 2 * HALF_LEVEL).any(-1)
 
 
 class BaseTokenizer(nn.Module):
