@@ -177,27 +177,33 @@ class PatchCodebook(VectorQuantizer):
         self.register_buffer("background", th.zeros((), dtype=th.int64))
 
     @th.no_grad()
-    def add(self, z: th.Tensor) -> None:
+    def add(self, z: th.Tensor) -> th.Tensor:
         """
         Add the patches that are unlike all entries, as long as there is room.
 
         :param z: (B, codebook_dim, h, w) on the [-1, 1] scale
+        :return: (B, K) int64, the tokens of all
         """
         flat = z.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * K, codebook_dim)
         n_patches = int(self.n_patches)
         first = n_patches == 0
-        new = flat[_unlike(flat, self.codebook[self.nearest(z).flatten()])] if n_patches else flat
+        tokens = self.nearest(z)
+        new = flat if first else flat[_unlike(flat, self.codebook[tokens.flatten()])]
+        if len(new) == 0 or n_patches == len(self.codebook):
+            return tokens
         while len(new) and n_patches < len(self.codebook):
             self.codebook[n_patches] = new[0]
             n_patches += 1
             new = new[_unlike(new, new[0])]
         self.n_patches.fill_(n_patches)
+        tokens = self.nearest(z)
         if first:
-            self.background.copy_(self.nearest(z).flatten().bincount().argmax())
+            self.background.copy_(tokens.flatten().bincount().argmax())
+        return tokens
 
     def nearest(self, z: th.Tensor) -> th.Tensor:
         """As in ``VectorQuantizer``, in float64: patches may differ by less than products of float32 or TF32 tell apart."""
-        return super().nearest(z.double())
+        return super().nearest(z if z.device.type == "mps" else z.double())  # MPS has no float64
 
     def _squares(self, codebook: th.Tensor) -> th.Tensor:
         """Not those of the entries that are not there yet, which are nobody's nearest."""
@@ -328,9 +334,7 @@ class PatchTokenizer(BaseTokenizer):
         assert perceptual_loss is None, perceptual_loss
         x = 2 * frames - 1
         z = self.encoder(x)
-        if self.training:
-            self.quantizer.add(z)
-        tokens = self.quantizer.nearest(z)
+        tokens = self.quantizer.add(z) if self.training else self.quantizer.nearest(z)
         x_hat = self.decoder(self.quantizer.lookup(tokens, self.grid))
         loss = F.l1_loss(x_hat, x)
         return loss, {**self._quality(x, x_hat, tokens), "n_patches": self.quantizer.n_patches.float(), "loss": loss}
