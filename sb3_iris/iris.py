@@ -103,6 +103,9 @@ class IRIS(SavingAlgorithm):
     :param gamma: Discount in [0, 1].
     :param gae_lambda: The lambda of the lambda-returns, in [0, 1].
     :param ent_coef: Weight of the entropy bonus, at least 0.
+    :param vf_coef: Weight of the critic's squared error, at least 0. The paper's is 1; where returns are large, the critic's
+        gradient then leaves little to the actor in the network that they share.
+    :param normalize_advantage: Whether advantages are standardised over the batch, as in SB3's ``PPO``; the paper's are not.
     :param max_grad_norm: Norm at which each network's gradient is clipped.
     :param exploration_rate: Probability of a uniformly random action in collection, in [0, 1].
     :param temperature: Temperature of the policy's sampling in collection; 0 takes the most likely action.
@@ -170,6 +173,8 @@ class IRIS(SavingAlgorithm):
         gamma: float = 0.995,
         gae_lambda: float = 0.95,
         ent_coef: float = 0.001,
+        vf_coef: float = 1.0,
+        normalize_advantage: bool = False,
         max_grad_norm: float = 10.0,
         exploration_rate: float = 0.01,
         temperature: float = 1.0,
@@ -230,6 +235,8 @@ class IRIS(SavingAlgorithm):
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.ent_coef = ent_coef
+        self.vf_coef = vf_coef
+        self.normalize_advantage = normalize_advantage
         self.max_grad_norm = max_grad_norm
         self.exploration_rate = exploration_rate
         self.temperature = temperature
@@ -494,7 +501,9 @@ class IRIS(SavingAlgorithm):
         else:
             game = self._imagined_game(policy.observe, self._autocast_dtype)
             trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
-        return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef)
+        return actor_critic_loss(
+            trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.vf_coef, self.normalize_advantage
+        )
 
     def _imagined_game(self, observe: Observe, dtype: th.dtype | None = None, **kwargs: Any) -> ImaginedGame:
         """
