@@ -236,6 +236,16 @@ def test_loss_by_hand(vf_coef: float, normalize_advantage: bool) -> None:
     th.testing.assert_close(logits.grad[:, :-1], (to_policy + to_entropy)[:, :-1] / n)
 
 
+def test_a_single_advantage_is_not_normalized() -> None:
+    """It has no deviation: as in SB3's PPO it stays as it is."""
+    rewards, values, ends = random_game(1, 2)
+    trajectory = ImaginedTrajectory(th.zeros(1, 2, dtype=th.int64), rewards, ends, values, th.randn(1, 2, 3))
+    plain, normalized = (
+        actor_critic_loss(trajectory, 0.9, 0.9, 0.01, 1.0, normalize)[0].item() for normalize in (False, True)
+    )
+    assert math.isfinite(plain) and normalized == plain
+
+
 def test_imagined_reward_ends_with_the_game() -> None:
     """The reward of the end itself counts, in the last step as well."""
     ends = th.tensor([[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=th.bool)
