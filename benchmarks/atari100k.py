@@ -122,9 +122,9 @@ class Progress(BaseCallback):
         self._began = time.monotonic()
         self._before = run.data["seconds"]["training"]  # of earlier starts, with what they lost
 
-    def note(self) -> None:
+    def note(self, steps: int) -> None:
         """How far the run is, and how long it took."""
-        self.run.data["steps"] = self.model.num_timesteps
+        self.run.data["steps"] = steps
         self.run.data["seconds"]["training"] = self._before + time.monotonic() - self._began
 
     def _on_step(self) -> bool:
@@ -132,7 +132,7 @@ class Progress(BaseCallback):
             if "episode" in info:
                 game = {"step": self.num_timesteps, "score": float(info["episode"]["r"]), "frames": int(info["episode"]["l"])}
                 self.run.data["training_games"].append(game)
-        self.note()
+        self.note(self.num_timesteps)
         self.run.save(at_most_every=10)
         return True
 
@@ -172,13 +172,17 @@ def train(run: runs.Run, device: str, checkpoint_every: int) -> None:
     data.update(status="training", steps=steps, evaluation_games=[])
     data["sessions"][-1]["from_step"] = steps
     data.setdefault("seconds", {}).setdefault("training", 0.0)
-    data["perceptual_loss"] = model._perceptual_loss is not None
+    # Machines may differ: whether all starts so far had it
+    data["perceptual_loss"] = model._perceptual_loss is not None and data.get("perceptual_loss", True)
     run.save()
     log = f"step_{steps:07d}_session_{len(data['sessions'])}"
     model.set_logger(configure(str(run.folder / "logs" / log), ["stdout", "csv", "tensorboard"]))
     progress = Progress(run)
-    model.learn(spec["steps"], [progress, RunCheckpointCallback(checkpoint_every, checkpoints, verbose=1)])
-    progress.note()
+    try:
+        model.learn(spec["steps"], [progress, RunCheckpointCallback(checkpoint_every, checkpoints, verbose=1)])
+    finally:  # asked to stop, it has written a checkpoint, behind whose step no game is played again
+        progress.note(model.num_timesteps)
+        run.save()
     model.save(run.folder / ".model.zip")
     data["status"] = "evaluating"
     run.save()

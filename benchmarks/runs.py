@@ -40,6 +40,7 @@ FORMAT = "sb3_iris run 1"
 PACKAGES = ("sb3_iris", "torch", "numpy", "gymnasium", "ale-py", "stable_baselines3", "sb3_contrib", "lpips", "minatar")
 ASKED_TO_STOP = 128 + signal.SIGTERM  # exit status of a worker that wrote a last checkpoint first
 RAY_SECONDS = 60  # for a cluster to answer
+GRACE_SECONDS = 25  # for a worker to write a last checkpoint; Slurm kills 30 seconds after it has asked
 LOCK_SECONDS = 120  # a file system in the network may take a while to notice that a machine is gone (NFS: 90 seconds)
 
 
@@ -297,23 +298,24 @@ def run_all(folders: list[Path], function: str, options: dict[str, Any], args: a
     open_folders = [folder.resolve() for folder in folders if read(folder)["status"] != "done"]
     failures: dict[Path, str] = {}
     backend = _on_ray if args.ray_address else _on_this_machine
-    steps = backend(open_folders, function, {**options, "device": args.device}, args, failures)
     console = Console()
     if not console.is_terminal:
         console = Console(width=130)  # in a log file, Rich would squeeze the table into 80 columns
-    if console.is_terminal:
-        with Live(_table(folders, failures, console.height), console=console, auto_refresh=False) as live:
+    # Closed whatever ends this, which ends the workers
+    with contextlib.closing(backend(open_folders, function, {**options, "device": args.device}, args, failures)) as steps:
+        if console.is_terminal:
+            with Live(_table(folders, failures, console.height), console=console, auto_refresh=False) as live:
+                for _ in steps:
+                    live.update(_table(folders, failures, console.height), refresh=True)
+        else:
+            shown = None
             for _ in steps:
-                live.update(_table(folders, failures, console.height), refresh=True)
-    else:
-        shown = None
-        for _ in steps:
-            states = [read(folder)["status"] for folder in folders]
-            if states != shown:
+                states = [read(folder)["status"] for folder in folders]
+                if states != shown:
+                    console.print(_table(folders, failures))
+                    shown = states
+            if failures or shown is None:
                 console.print(_table(folders, failures))
-                shown = states
-        if failures or shown is None:
-            console.print(_table(folders, failures))
     for folder, message in failures.items():
         print(f"failed: {folder}: {message}", file=sys.stderr)
     return 1 if failures else 0
@@ -385,9 +387,19 @@ def _on_this_machine(
                     failures[folder] = f"{lines[-1] if lines else f'exit status {status}'} (see log.txt there)"
         yield
     finally:
-        for process, _, _ in working.values():
-            process.kill()
-            process.wait()
+        _end([process for process, _, _ in working.values()])
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    """Ask processes to stop, which lets them write a last checkpoint, and kill those that do not."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(deadline - time.monotonic(), 0))
+        process.kill()
+        process.wait()
 
 
 def _start(folder: Path, function: str, options: dict[str, Any], slot: int, gpus: list[str], jobs: int) -> subprocess.Popen:
@@ -490,6 +502,13 @@ def main(main_function: Callable[[], int | None]) -> None:
     """
     :param main_function: What a script does; its ``ValueError`` and ``OSError`` are the user's to read, without a traceback.
     """
+
+
+    def stop(number: int, frame: Any) -> None:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         sys.exit(main_function())
     except (ValueError, OSError) as error:
@@ -502,6 +521,8 @@ if __name__ == "__main__":
 
     def end_with_parent() -> None:
         os.read(0, 1)  # comes back when the other end closes
+        os.kill(os.getpid(), signal.SIGTERM)  # a last checkpoint
+        time.sleep(GRACE_SECONDS)
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -124,8 +124,9 @@ class RunCheckpointCallback(BaseCallback):
         return f"The last checkpoint is {newest}" if newest is not None else f"There is no checkpoint in {self.save_path} yet"
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._in_collection and self._received is None:
-            self._received = number  # a moment, and there is a checkpoint of this very step
+        if self._in_collection and (self._received is None or number == signal.SIGTERM):
+            # A moment, and there is a checkpoint of this very step. A job that ends may be told so by several
+            self._received = self._received or number
         else:
             self._stop(number)
 

@@ -19,6 +19,8 @@ from rich.console import Console
 
 from benchmarks import atari100k, runs
 from sb3_iris import IRIS, RunCheckpointCallback, atari_wrappers, checkpoints
+from sb3_iris.atari_wrappers import make_atari_env
+from sb3_iris.checkpoint_folder import find_checkpoints
 
 SCRIPT = str(Path(runs.__file__).with_name("atari100k.py"))
 SMALL = ["--preset", "smoke", "--games", "Kangaroo", "--seeds", "0"]
@@ -194,6 +196,40 @@ def test_killed_and_started_again(tmp_path: Path, start: Start) -> None:
     before = (folder / "run.json").read_bytes()
     assert main(*command) == 0
     assert (folder / "run.json").read_bytes() == before
+
+
+SWEEP = """
+import argparse, pathlib, sys
+from benchmarks import runs
+
+args = argparse.Namespace(jobs=1, device="cpu", ray_address=None, retries=0, refresh=1)
+folders = [pathlib.Path(folder) for folder in sys.argv[1:]]
+runs.main(lambda: runs.run_all(folders, "benchmarks.atari100k:play", {"checkpoint_every": 100_000}, args))
+"""
+
+
+@pytest.mark.parametrize("how", ["terminated", "interrupted", "killed"])
+def test_asked_to_stop(tmp_path: Path, how: str) -> None:
+    """The end of a cluster's job, Ctrl-C, a kill: in a collection the worker writes a checkpoint, which the record fits."""
+    folder = one_run(tmp_path / "run", steps=100_000, train_freq=100_000, buffer_size=100_000)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", SWEEP, str(folder)], cwd=runs.ROOT, env=env, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: runs.read(folder).get("steps", 0) > 0)
+        worker = runs.read(folder)["sessions"][0]["pid"]
+        process.send_signal({"interrupted": signal.SIGINT, "killed": signal.SIGKILL}.get(how, signal.SIGTERM))
+        if how == "terminated":  # Slurm asks all processes of a job
+            os.kill(worker, signal.SIGTERM)
+        _, stderr = process.communicate(timeout=PATIENCE)
+        wait_for(lambda: not alive(worker), 20)
+    finally:
+        process.kill()
+    assert how == "killed" or b"the same command goes on from here" in stderr
+    (checkpoint,) = find_checkpoints(folder / "checkpoints")
+    resumed = IRIS.resume(checkpoint.parent, make_atari_env("Kangaroo"), device="cpu")
+    data = runs.read(folder)
+    assert data["steps"] == resumed.num_timesteps > 0 and data["seconds"]["training"] > 0
+    assert [game["score"] for game in data["training_games"]] == [info["r"] for info in resumed.ep_info_buffer]
 
 
 @pytest.mark.slow
