@@ -18,6 +18,7 @@ is there and runs nothing. How many steps the others need for a score of IRIS's:
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -172,9 +173,36 @@ def change(config: dict[str, Any], assignment: str) -> None:
     if not equals or not all((*folders, name)):
         raise ValueError(f"--set {assignment}: give NAME=VALUE, for instance ent_coef=0.01")
     for folder in folders:
-        config[folder] = dict(config.get(folder) or {})  # a copy, as sections of the file share them
+        inner = config.get(folder) or {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {assignment}: {folder} is {inner!r}, with no settings in it")
+        config[folder] = dict(inner)  # a copy, as sections of the file share them
         config = config[folder]
     config[name] = yaml.safe_load(value)
+    if isinstance(config[name], str):
+        with contextlib.suppress(ValueError):  # 1e-3 is a word in YAML 1.1
+            config[name] = float(config[name])
+
+
+def check_settings(env: str, config: dict[str, Any]) -> None:
+    """
+    Build IRIS once, on the CPU.
+
+    :param env: Environment.
+    :param config: IRIS's settings.
+    :raises ValueError: If IRIS does not take them.
+    """
+    n_envs = config.get("n_envs", 1)
+    if isinstance(n_envs, bool) or not isinstance(n_envs, int) or n_envs < 1:
+        raise ValueError(f"--set n_envs={n_envs!r}: must be a whole number of at least 1")
+    kwargs = atari100k.with_schedules({name: value for name, value in config.items() if name not in OURS})
+    vec_env = make_env(env, n_envs, 0, False)
+    try:
+        IRIS(env=vec_env, device="cpu", **kwargs)
+    except TypeError as error:  # a name that it does not know
+        raise ValueError(f"--set: {error}") from None
+    finally:
+        vec_env.close()
 
 
 def make_env(env: str, n_envs: int, seed: int, evaluation: bool, frame_stack: int = 1, sign_rewards: bool = False) -> VecEnv:
@@ -284,11 +312,11 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
     :param reach: Score for which to say when each run's training games came to it.
     :param reps: Bootstrap samples.
     :return: The report in Markdown.
-    :raises ValueError: If there are no runs, or runs of different protocols.
+    :raises ValueError: If there are no runs, or runs of different protocols, or of an algorithm with different settings.
     """
     from rliable import metrics
 
-    from benchmarks.report import curve_values, intervals, save, steps_to, table
+    from benchmarks.report import curve_values, estimate, intervals, save, steps_to, table
 
     found = runs.find(out)
     protocols = {
@@ -312,14 +340,22 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         done = [data for data in of_algo if data["status"] == "done"]
         if not of_algo:
             continue
+        if any(data["spec"]["config"] != of_algo[0]["spec"]["config"] for data in of_algo):
+            raise ValueError(f"{out} has runs of {algo} with different settings in it: report each by itself")
+        seeds = [data["spec"]["seed"] for data in of_algo]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{out} has {algo} with the same seed twice: {sorted(seeds)}")
         if not done:
             rows.append([algo, f"0 of {len(of_algo)}", *["-"] * (len(header) - 2)])
             continue
         points, bounds = intervals({algo: np.array([[data["score"]] for data in done])}, estimates, reps)
-        cells = [f"{points[algo][i]:.2f} [{bounds[algo][0, i]:.2f}, {bounds[algo][1, i]:.2f}]" for i in range(2)]
+        cells = [estimate(points[algo][i], bounds[algo][:, i], len(done), 2) for i in range(2)]
+        if len(done) < 4:
+            cells[1] = "-"  # the middle half of so few is all of them
         hours = np.mean([sum(data["seconds"].values()) for data in done]) / 3600
-        machine = done[-1]["sessions"][-1]["hardware"]
-        rows.append([algo, f"{len(done)} of {len(of_algo)}", *cells, f"{hours:.2f}", str(machine["gpu"] or machine["cpu"])])
+        machines = [session["hardware"] for data in done for session in data["sessions"]]
+        on = ", ".join(dict.fromkeys(str(machine["gpu"] or machine["cpu"]) for machine in machines))
+        rows.append([algo, f"{len(done)} of {len(of_algo)}", *cells, f"{hours:.2f}", on])
         games = [[(game["step"], game["score"]) for game in data["training_games"]] for data in done]
         if reach is not None:
             needed = [steps_to(curve, reach, eval_games) for curve in games]
@@ -389,6 +425,8 @@ def main() -> int:
             raise ValueError(f"--preset {args.preset}: it must be one of {', '.join(presets)}, and is for Atari games only")
         if is_atari:
             make_atari_env(args.env).close()  # complains about an unknown game
+        if args.set and "iris" not in args.algos:
+            raise ValueError(f"--set {' '.join(args.set)}: these are settings of IRIS, which is not among --algos")
         specs = {}
         for seed in dict.fromkeys(args.seeds):
             for algo in dict.fromkeys(args.algos):
@@ -399,6 +437,8 @@ def main() -> int:
                 spec |= {"eval_games": args.eval_games, "config": config}
                 specs[args.out / algo / f"seed_{seed}"] = spec
         runs.check(specs)
+        if args.set:  # else they are those of the file
+            check_settings(args.env, next(spec["config"] for spec in specs.values() if spec["agent"] == "iris"))
         if args.ray_address:
             runs.check_ray(args.ray_address)
         runs.create(specs)

@@ -50,6 +50,7 @@ class Agent(NamedTuple):
     protocol: dict[str, Any] | None = None
     only_means: bool = False
     unfinished: int = 0
+    code: tuple[str, ...] = ()  # commits of all sessions of the finished runs, with -dirty where files had been changed
     without_lpips: int = 0  # runs that were to have the perceptual loss where it is installed, and it was not
 
 
@@ -85,6 +86,7 @@ def agent_of_runs(name: str, folder: Path) -> Agent:
     configs: dict[str, Any] = {}
     agent = Agent(name, {}, {})
     unfinished = without_lpips = 0
+    code: set[str] = set()
     for data in runs.find(folder):
         spec = data["spec"]
         if spec.get("benchmark") != "atari100k":
@@ -102,9 +104,10 @@ def agent_of_runs(name: str, folder: Path) -> Agent:
         if seed in agent.scores.get(game, {}):
             raise ValueError(f"{folder} has {game} with seed {seed} twice")
         without_lpips += spec["config"].get("perceptual_loss") == "auto" and not data.get("perceptual_loss", True)
+        code.update(session.get("commit") or "an unknown commit" for session in data["sessions"])
         agent.scores.setdefault(game, {})[seed] = data["score"]
         agent.curves.setdefault(game, {})[seed] = [(g["step"], g["score"]) for g in data["training_games"]]
-    return agent._replace(protocol=protocol, unfinished=unfinished, without_lpips=without_lpips)
+    return agent._replace(protocol=protocol, unfinished=unfinished, without_lpips=without_lpips, code=tuple(sorted(code)))
 
 
 def common_seeds(agent: Agent, games: list[str]) -> list[int]:
@@ -151,6 +154,12 @@ def intervals(
         return library.get_interval_estimates(scores, function, reps=reps)
     finally:
         np.random.set_state(state)
+
+
+def estimate(point: float, bounds: np.ndarray, n_runs: int, digits: int) -> str:
+    """A number and its interval, which a single run has none of."""
+    low, high = bounds
+    return f"{point:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if n_runs > 1 else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -208,9 +217,8 @@ def aggregate_table(agents: list[Agent], games: list[str], reps: int, out: Path)
             row = [f"{aggregates(means)[0]:.3f}", f"{aggregates(means)[1]:.3f}", MISSING, MISSING]
             rows.append([agent.name, f"{len(games)} x means", *row, str(n_human(means))])
         elif agent.name in scores:
-            (low, high), values = bounds[agent.name], points[agent.name]
-            row = [f"{values[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]" for i in range(4)]
             n_runs = len(scores[agent.name])
+            row = [estimate(points[agent.name][i], bounds[agent.name][:, i], n_runs, 3) for i in range(4)]
             rows.append([agent.name, f"{len(games)} x {n_runs}", *row, str(n_human(scores[agent.name]))])
         else:
             rows.append([agent.name, MISSING, *[MISSING] * 5])
@@ -340,6 +348,10 @@ def report(agents: list[Agent], out: Path, reps: int = 2_000) -> str:
         paper = {"preset": "paper", "steps": 100_000, "eval_games": 100}
         if protocol != paper:
             text.append("**This is not the protocol of the published scores.**")
+        if agent.code:
+            text.append(f"Code: {', '.join(agent.code)}.")
+        if len(agent.code) > 1 or any(commit.endswith("-dirty") for commit in agent.code):
+            text.append("**Not all of it is one commit.**")
         if agent.without_lpips:
             text.append(f"**{agent.without_lpips} runs did without the perceptual loss (LPIPS was not installed).**")
         text += [f"- Missing: {line}" for line in missing_runs(agent)] + [""]

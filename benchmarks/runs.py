@@ -40,6 +40,7 @@ FORMAT = "sb3_iris run 1"
 PACKAGES = ("sb3_iris", "torch", "numpy", "gymnasium", "ale-py", "stable_baselines3", "sb3_contrib", "lpips", "minatar")
 ASKED_TO_STOP = 128 + signal.SIGTERM  # exit status of a worker that wrote a last checkpoint first
 RAY_SECONDS = 60  # for a cluster to answer
+BUSY = 75  # exit status of a worker whose run another process works on; EX_TEMPFAIL of sysexits.h
 GRACE_SECONDS = 25  # for a worker to write a last checkpoint; Slurm kills 30 seconds after it has asked
 LOCK_SECONDS = 120  # a file system in the network may take a while to notice that a machine is gone (NFS: 90 seconds)
 
@@ -211,38 +212,56 @@ def _n_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Busy(ValueError):
+    """Another process works on the run."""
+
+
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, patience: float = LOCK_SECONDS) -> Iterator[None]:
     """
     Keep other processes away from a run; the operating system lets go when this process ends, in whatever way.
 
     :param folder: Folder of the run.
-    :raises ValueError: If another process keeps it.
+    :param patience: Seconds to wait for it.
+    :raises Busy: If another process keeps it.
     """
     with open(folder / "lock", "w") as file:
-        give_up = time.monotonic() + LOCK_SECONDS
+        give_up = time.monotonic() + patience
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > give_up:
-                    raise ValueError(f"{folder}: another process works on this run") from None
+                    raise Busy(f"{folder}: another process works on this run") from None
                 time.sleep(1)
             except OSError:
                 break  # a file system without locks
         yield
 
 
-def work(folder: Path, function: str, options: dict[str, Any]) -> None:
+def is_locked(folder: Path) -> bool:
+    """
+    :param folder: Folder of a run.
+    :return: Whether another process works on it, as far as the file system tells.
+    """
+    try:
+        with lock(folder, patience=0):
+            return False
+    except Busy:
+        return True
+
+
+def work(folder: Path, function: str, options: dict[str, Any], patience: float = LOCK_SECONDS) -> None:
     """
     Work on a run until it is done.
 
     :param folder: Folder of the run.
     :param function: What does the work, as ``module:name``; called with the run and ``options``.
     :param options: Further arguments by name, such as the device, that do not change what is asked for.
+    :param patience: See ``lock``.
     """
-    with lock(folder):
+    with lock(folder, patience):
         run = Run(folder)
         if run.data["status"] == "done":
             return
@@ -293,7 +312,7 @@ def run_all(folders: list[Path], function: str, options: dict[str, Any], args: a
     :param function: See ``work``.
     :param options: See ``work``.
     :param args: What was given for ``add_arguments``.
-    :return: Exit status: 0 if every run is done.
+    :return: Exit status: 0 if no run has failed. Those that another process works on are left to it.
     """
     open_folders = [folder.resolve() for folder in folders if read(folder)["status"] != "done"]
     failures: dict[Path, str] = {}
@@ -318,6 +337,9 @@ def run_all(folders: list[Path], function: str, options: dict[str, Any], args: a
                 console.print(_table(folders, failures))
     for folder, message in failures.items():
         print(f"failed: {folder}: {message}", file=sys.stderr)
+    elsewhere = [folder for folder in folders if folder.resolve() not in failures and read(folder)["status"] != "done"]
+    if elsewhere:
+        print(f"{len(elsewhere)} runs are worked on by another process; should it die, the same command goes on with them")
     return 1 if failures else 0
 
 
@@ -359,14 +381,23 @@ def _on_this_machine(
     """A process per run, ``jobs`` at once; they end with this one."""
     waiting = [(folder, args.retries) for folder in folders]
     working: dict[int, tuple[subprocess.Popen, Path, int]] = {}
+    elsewhere: list[tuple[Path, int]] = []  # another process works on them, or has died where a file system has not noticed
+    patience = time.monotonic() + LOCK_SECONDS
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else []
     gpus = gpus or [str(index) for index in range(th.cuda.device_count())]
     try:
-        while waiting or working:
+        while True:
             for slot in range(args.jobs):
-                if slot not in working and waiting:
+                while slot not in working and waiting:
                     folder, retries = waiting.pop(0)
+                    if read(folder)["status"] == "done":
+                        continue  # by another process
+                    if is_locked(folder):
+                        elsewhere.append((folder, retries))
+                        continue
                     working[slot] = _start(folder, function, options, slot, gpus, args.jobs), folder, retries
+            if not waiting and not working and not (elsewhere and time.monotonic() < patience):
+                break
             yield
             deadline = time.monotonic() + args.refresh
             while time.monotonic() < deadline and all(process.poll() is None for process, _, _ in working.values()):
@@ -382,9 +413,12 @@ def _on_this_machine(
                     status < 0 or status == ASKED_TO_STOP
                 ) and retries > 0:  # killed, say for memory: its checkpoint is there to go on from
                     waiting.insert(0, (folder, retries - 1))
+                elif status == BUSY:
+                    elsewhere.append((folder, retries))
                 elif status != 0:
                     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
                     failures[folder] = f"{lines[-1] if lines else f'exit status {status}'} (see log.txt there)"
+            waiting, elsewhere = waiting + elsewhere, []
         yield
     finally:
         _end([process for process, _, _ in working.values()])
@@ -503,7 +537,6 @@ def main(main_function: Callable[[], int | None]) -> None:
     :param main_function: What a script does; its ``ValueError`` and ``OSError`` are the user's to read, without a traceback.
     """
 
-
     def stop(number: int, frame: Any) -> None:
         print("stopped: the same command goes on from here", file=sys.stderr)
         sys.exit(128 + number)
@@ -528,4 +561,7 @@ if __name__ == "__main__":
     threading.Thread(target=end_with_parent, daemon=True).start()
     from benchmarks import runs  # this file under the name that all others know it by
 
-    runs.work(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    try:
+        runs.work(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), patience=0)
+    except runs.Busy:  # since the process that knows all runs has looked
+        sys.exit(BUSY)

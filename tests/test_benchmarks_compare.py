@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -225,13 +226,47 @@ def test_report(tmp_path: Path) -> None:
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in markdown.splitlines() if line.startswith("| ")}
     iris = lines["iris"].split(" | ")
     assert iris[1] == "4 of 4" and iris[2].startswith("4.00 [") and iris[3].startswith("2.50 [") and iris[4] == "2.00"
-    assert lines["ppo"].split(" | ")[1:3] == ["1 of 2", "5.00 [5.00, 5.00]"]
+    assert lines["ppo"].split(" | ")[1:4] == ["1 of 2", "5.00", "-"]  # no interval of one run, no quarters of less than four
     assert lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - |"
     assert "qrdqn" not in lines
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in compare.report(tmp_path, 3.0, reps=50).splitlines()}
     assert lines["Algorithm"].endswith("| Steps to 3 |")
     assert lines["iris"].endswith("| > 240, > 240, 20, 20 |") and lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - | - |"
     assert (tmp_path / "compare.png").is_file() and (tmp_path / "compare.pdf").is_file()
+
+
+def test_report_of_what_is_not_one_thing(tmp_path: Path) -> None:
+    pytest.importorskip("rliable")
+    finished(tmp_path, "iris", 0, 1.0)
+    finished(tmp_path, "ppo", 0, 1.0)
+    runs.create({tmp_path / "iris" / "seed_1": spec("iris") | {"seed": 1, "config": {"gamma": 0.5}}})
+    with pytest.raises(ValueError, match="runs of iris with different settings"):
+        compare.report(tmp_path, reps=50)
+    shutil.rmtree(tmp_path / "iris" / "seed_1")
+    shutil.copytree(tmp_path / "iris" / "seed_0", tmp_path / "iris" / "copy")
+    with pytest.raises(ValueError, match=r"iris with the same seed twice: \[0, 0\]"):
+        compare.report(tmp_path, reps=50)
+
+
+@pytest.mark.parametrize(
+    ("algos", "assignment", "message"),
+    [
+        ("ppo", "gamma=0.5", "--set gamma=0.5: these are settings of IRIS, which is not among --algos"),
+        ("iris", "nonsense=3", "--set: .*unexpected keyword argument 'nonsense'"),
+        ("iris", "policy_kwargs.nonsense=3", "policy_kwargs has nonsense=3, but its names must be among"),
+        ("iris", "n_envs=0", "--set n_envs=0: must be a whole number"),
+        ("iris", "gamma=3", r"gamma=3 must be a number in \[0, 1\]"),
+        ("iris", "ent_coef.x=3", "--set ent_coef.x=3: ent_coef is 0.005, with no settings in it"),
+    ],
+)
+def test_bad_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algos: str, assignment: str, message: str) -> None:
+    """Before anything is written: the corrected command would be of another protocol than what is there."""
+    monkeypatch.setattr(
+        sys, "argv", ["compare.py", "--algos", algos, "--seeds", "0", "--set", assignment, "--out", str(tmp_path / "out")]
+    )
+    with pytest.raises(ValueError, match=message):
+        compare.main()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("env", "message"), [("MinAtar/Pong", "MinAtar/ and one of"), ("Pongg", "not an Atari game")])
@@ -267,10 +302,22 @@ def test_change():
     """Values as in YAML, below others where there are dots; nothing else changes, nor the settings they were copied from."""
     shared = {"ent_coef": 0.1, "policy_kwargs": {"n_layers": 2, "embed_dim": 64}}
     config = dict(shared)
-    for assignment in ("policy_kwargs.n_layers=3", "policy_kwargs.image_size=null", "burn_in=4", "a.b=1.5"):
+    for assignment in (
+        "policy_kwargs.n_layers=3",
+        "policy_kwargs.image_size=null",
+        "burn_in=4",
+        "a.b=1.5",
+        "a.c=1e-3",
+        "a.d=lin_1e-3",
+    ):
         compare.change(config, assignment)
     expected_kwargs = {"n_layers": 3, "embed_dim": 64, "image_size": None}
-    assert config == {"ent_coef": 0.1, "policy_kwargs": expected_kwargs, "burn_in": 4, "a": {"b": 1.5}}
+    assert config == {
+        "ent_coef": 0.1,
+        "policy_kwargs": expected_kwargs,
+        "burn_in": 4,
+        "a": {"b": 1.5, "c": 0.001, "d": "lin_1e-3"},
+    }
     assert shared == {"ent_coef": 0.1, "policy_kwargs": {"n_layers": 2, "embed_dim": 64}}
     for wrong in ("ent_coef", "=3", "policy_kwargs.=3"):
         with pytest.raises(ValueError, match=re.escape(f"--set {wrong}: give NAME=VALUE")):

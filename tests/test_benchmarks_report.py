@@ -144,6 +144,25 @@ def test_missing_perceptual_loss_is_said(tmp_path: Path) -> None:
     assert "P(0, first > second > 1)" in rows(markdown)
 
 
+def test_commits_are_said(tmp_path: Path) -> None:
+    def head(*commits: str | None) -> str:
+        folder = tmp_path / f"runs_{len(list(tmp_path.iterdir()))}"
+        write_run(folder, "Pong", 0, 1.0)
+        file = folder / "Pong" / "seed_0" / "run.json"
+        runs.write_json(file, json.loads(file.read_text()) | {"sessions": [{"commit": commit} for commit in commits]})
+        return report.report([report.agent_of_runs("ours", folder)], tmp_path / "out", reps=20).partition("## Human")[0]
+
+    assert "Code: aa." in head("aa", "aa") and "one commit" not in head("aa", "aa")
+    assert "Code: aa, an unknown commit.\n**Not all of it is one commit.**" in head("aa", None)
+    assert "Code: bb-dirty.\n**Not all of it is one commit.**" in head("bb-dirty")
+
+
+def test_one_run_has_no_interval(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "Pong", 0, 14.6)
+    markdown = report.report([report.agent_of_runs("ours", tmp_path / "runs")], tmp_path / "out", reps=20)
+    assert rows(markdown)["ours"][:3] == ["1 x 1", "1.000", "1.000"]
+
+
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no runs in it"):
         report.agent_of_runs("ours", tmp_path)

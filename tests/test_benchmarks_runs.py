@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -351,12 +352,38 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_second_worker_keeps_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_worker_keeps_away(tmp_path: Path) -> None:
     folder = one_run(tmp_path / "run")
-    monkeypatch.setattr(runs, "LOCK_SECONDS", 0)
-    with runs.lock(folder), pytest.raises(ValueError, match="another process works on this run"):
-        work(folder)
+    arguments: list[Any] = [folder, "benchmarks.atari100k:play", {"device": "cpu"}]
+    with runs.lock(folder):
+        with pytest.raises(runs.Busy, match="another process works on this run"):
+            runs.work(*arguments, patience=0)
+        command = [sys.executable, "-m", "benchmarks.runs", *map(str, arguments[:2]), json.dumps(arguments[2])]
+        with subprocess.Popen(command, cwd=runs.ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
+            assert worker.wait(PATIENCE) == runs.BUSY  # two sweeps have looked at once, and this one goes on
+            assert worker.stderr is not None and worker.stderr.read() == b""
     assert runs.read(folder)["sessions"] == []
+
+
+def test_sweep_leaves_alone_what_another_works_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As the jobs of a cluster's array do with the same command: no waiting, no failure, and the other runs are done."""
+    command = ["--out", str(tmp_path), *SMALL[:-1], "0", "1", "--steps", "40", "--eval-games", "1", "--refresh", "1"]
+    folder = one_run(tmp_path / "Kangaroo" / "seed_0", steps=40)
+    with runs.lock(folder), monkeypatch.context() as patch:
+        patch.setattr(runs, "LOCK_SECONDS", 0)
+        assert main(*command) == 0
+    assert "1 runs are worked on by another process" in capsys.readouterr().out
+    assert runs.read(folder)["sessions"] == [] and not (folder / "log.txt").exists()
+    assert runs.read(tmp_path / "Kangaroo" / "seed_1")["status"] == "done"
+    lock = contextlib.ExitStack()
+    lock.enter_context(runs.lock(folder))
+    timer = threading.Timer(3, lock.close)  # a machine that is gone, which the file system notices late
+    timer.start()
+    assert main(*command) == 0
+    timer.join()
+    assert runs.read(folder)["status"] == "done"
 
 
 def test_settings_are_those_of_the_paper() -> None:
