@@ -304,6 +304,20 @@ def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
     return model
 
 
+def check_alike(out: Path, of_algo: list[dict[str, Any]]) -> None:
+    """
+    :param out: Folder with the runs.
+    :param of_algo: Runs of one algorithm.
+    :raises ValueError: If they differ in settings, or do not differ in seeds.
+    """
+    algo = of_algo[0]["spec"]["agent"]
+    if any(data["spec"]["config"] != of_algo[0]["spec"]["config"] for data in of_algo):
+        raise ValueError(f"{out} has runs of {algo} with different settings in it: report each by itself")
+    seeds = [data["spec"]["seed"] for data in of_algo]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{out} has {algo} with the same seed twice: {sorted(seeds)}")
+
+
 def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
     """
     Write ``compare.md`` and the curves.
@@ -340,11 +354,7 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         done = [data for data in of_algo if data["status"] == "done"]
         if not of_algo:
             continue
-        if any(data["spec"]["config"] != of_algo[0]["spec"]["config"] for data in of_algo):
-            raise ValueError(f"{out} has runs of {algo} with different settings in it: report each by itself")
-        seeds = [data["spec"]["seed"] for data in of_algo]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{out} has {algo} with the same seed twice: {sorted(seeds)}")
+        check_alike(out, of_algo)
         if not done:
             rows.append([algo, f"0 of {len(of_algo)}", *["-"] * (len(header) - 2)])
             continue

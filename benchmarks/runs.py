@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -377,7 +377,7 @@ def _table(folders: list[Path], failures: dict[Path, str], height: int | None = 
 
 def _on_this_machine(
     folders: list[Path], function: str, options: dict[str, Any], args: argparse.Namespace, failures: dict[Path, str]
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """A process per run, ``jobs`` at once; they end with this one."""
     waiting = [(folder, args.retries) for folder in folders]
     working: dict[int, tuple[subprocess.Popen, Path, int]] = {}
@@ -457,7 +457,7 @@ def _start(folder: Path, function: str, options: dict[str, Any], slot: int, gpus
 
 def _on_ray(
     folders: list[Path], function: str, options: dict[str, Any], args: argparse.Namespace, failures: dict[Path, str]
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """A Ray task per run; Ray starts it again elsewhere when its worker or its machine is lost."""
     ray = connect(args.ray_address)
     gpus = args.gpus_per_run

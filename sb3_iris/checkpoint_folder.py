@@ -36,6 +36,7 @@ FORMAT = "sb3_iris checkpoint 1"
 MANIFEST = "manifest.json"
 NEW = ".new"  # what is written here is no checkpoint yet
 TEMPORARY = ".frames"
+FRAMES = "frames_*.npz"
 FILES = ("networks.npz", "replay.npz")
 KEPT = 2  # checkpoints: the newest one, and the one to fall back to
 MOST_MANIFEST_BYTES = 2**26
@@ -239,7 +240,7 @@ def remove_old(folder: Path) -> None:
         (checkpoint / MANIFEST).unlink(missing_ok=True)  # without it, what is left of a checkpoint is none
         shutil.rmtree(checkpoint, ignore_errors=True)
     needed = {name for manifest in kept for block in manifest["frames"] for name in _copies(block["file"])}
-    for path in folder.glob("frames_*.npz"):
+    for path in folder.glob(FRAMES):
         if path.name not in needed:
             path.unlink(missing_ok=True)
 

@@ -25,6 +25,7 @@ from sb3_iris.buffers import BLOCK_STEPS
 from sb3_iris.checkpoint_folder import (
     FILES,
     FORMAT,
+    FRAMES,
     MANIFEST,
     NEW,
     FolderLock,
@@ -104,6 +105,23 @@ def save_checkpoint(model: "IRIS", folder: str | Path) -> Path:
 
 
 def _write(model: "IRIS", folder: Path, arrays: dict[str, np.ndarray]) -> Path:
+    frames = set(folder.glob(FRAMES))
+    try:
+        blocks = _write_new(model, folder, arrays)
+    except BaseException:
+        for path in set(folder.glob(FRAMES)) - frames:  # no checkpoint names them
+            path.unlink(missing_ok=True)
+        raise
+    checkpoint = next_checkpoint(folder, model.num_timesteps)
+    os.rename(folder / NEW, checkpoint)
+    sync(folder)
+    check_files(checkpoint)  # before an older one goes
+    model.replay_buffer.stored = StoredFrames(folder, blocks)
+    return checkpoint
+
+
+def _write_new(model: "IRIS", folder: Path, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A checkpoint that has no name yet; returns the blocks of frames that it consists of."""
     buffer, new = model.replay_buffer, folder / NEW
     blocks = write_frames(buffer, folder)
     new.mkdir()
@@ -117,12 +135,7 @@ def _write(model: "IRIS", folder: Path, arrays: dict[str, np.ndarray]) -> Path:
     (new / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     for path in (*new.iterdir(), new, folder):
         sync(path)
-    checkpoint = next_checkpoint(folder, model.num_timesteps)
-    os.rename(new, checkpoint)
-    sync(folder)
-    check_files(checkpoint)  # before an older one goes
-    buffer.stored = StoredFrames(folder, blocks)
-    return checkpoint
+    return blocks
 
 
 def _network_arrays(model: "IRIS") -> Iterator[tuple[str, np.ndarray]]:

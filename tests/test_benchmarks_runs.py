@@ -230,7 +230,7 @@ def test_asked_to_stop(tmp_path: Path, how: str) -> None:
     resumed = IRIS.resume(checkpoint.parent, make_atari_env("Kangaroo"), device="cpu")
     data = runs.read(folder)
     assert data["steps"] == resumed.num_timesteps > 0 and data["seconds"]["training"] > 0
-    assert [game["score"] for game in data["training_games"]] == [info["r"] for info in resumed.ep_info_buffer]
+    assert [game["score"] for game in data["training_games"]] == [info["r"] for info in resumed.ep_info_buffer or ()]
 
 
 @pytest.mark.slow
@@ -354,11 +354,11 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_second_worker_keeps_away(tmp_path: Path) -> None:
     folder = one_run(tmp_path / "run")
-    arguments: list[Any] = [folder, "benchmarks.atari100k:play", {"device": "cpu"}]
+    function, options = "benchmarks.atari100k:play", {"device": "cpu"}
     with runs.lock(folder):
         with pytest.raises(runs.Busy, match="another process works on this run"):
-            runs.work(*arguments, patience=0)
-        command = [sys.executable, "-m", "benchmarks.runs", *map(str, arguments[:2]), json.dumps(arguments[2])]
+            runs.work(folder, function, options, patience=0)
+        command = [sys.executable, "-m", "benchmarks.runs", str(folder), function, json.dumps(options)]
         with subprocess.Popen(command, cwd=runs.ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
             assert worker.wait(PATIENCE) == runs.BUSY  # two sweeps have looked at once, and this one goes on
             assert worker.stderr is not None and worker.stderr.read() == b""
