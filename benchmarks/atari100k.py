@@ -97,10 +97,13 @@ def with_schedules(config: dict[str, Any]) -> dict[str, Any]:
 
 def make_spec(args: argparse.Namespace, game: str, seed: int) -> dict[str, Any]:
     """What is asked of one run; two runs of the same are the same but for chance."""
+    n_envs = section(args.preset, game)["n_envs"]
     return {
         "benchmark": "atari100k",
         "agent": "IRIS",
         "game": game,
+        # Left out where it is the paper's, so that folders from before go on
+        **({"n_envs": n_envs} if n_envs > 1 else {}),
         "seed": seed,
         "preset": args.preset,
         "steps": args.steps,
@@ -159,7 +162,7 @@ def train(run: runs.Run, device: str, checkpoint_every: int) -> None:
     """From the last checkpoint, if there is one, to ``model.zip``."""
     spec, data = run.spec, run.data
     config = with_schedules(spec["config"])
-    env = make_atari_env(spec["game"], seed=spec["seed"] * SEED_STRIDE)
+    env = make_atari_env(spec["game"], spec.get("n_envs", 1), seed=spec["seed"] * SEED_STRIDE)
     checkpoints = run.folder / "checkpoints"
     if find_checkpoints(checkpoints):
         schedules = {name: value for name, value in config.items() if callable(value)}  # these are in no checkpoint
@@ -229,10 +232,11 @@ def projected_hours(spec: dict[str, Any], device: str) -> float:
     """
     names = ("tokenizer", "world_model", "actor_critic")
     config = with_schedules(spec["config"])
-    on_cpu = IRIS("CnnPolicy", make_atari_env(spec["game"]), device=device, **_shrunk(config)).device.type == "cpu"
+    env = make_atari_env(spec["game"], spec.get("n_envs", 1))
+    on_cpu = IRIS("CnnPolicy", env, device=device, **_shrunk(config)).device.type == "cpu"
     shares = {name: max(config[f"{name}_batch_size"] // 8, 1) if on_cpu else config[f"{name}_batch_size"] for name in names}
     small = _shrunk(config) | {f"{name}_batch_size": shares[name] for name in names}
-    model = IRIS("CnnPolicy", make_atari_env(spec["game"]), device=device, **small)
+    model = IRIS("CnnPolicy", env, device=device, **small)
     model.set_logger(configure(None, []))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A run of the paper's length")  # of these few gradient steps, that is

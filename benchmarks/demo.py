@@ -27,6 +27,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.atari100k import with_schedules
+from benchmarks.compare import RandomPlayer
 from benchmarks.minatar_env import make_minatar
 from sb3_iris import IRIS
 from sb3_iris.visualization import compare, comparison_video, reconstruction_grid, with_text, write_video
@@ -36,21 +37,13 @@ GAME = "Breakout"
 N_EVAL_EPISODES = 50
 
 
-def random_return(env: VecEnv, n_episodes: int, seed: int) -> np.ndarray:
+def returns_of(player: IRIS | RandomPlayer, env: VecEnv) -> np.ndarray:
     """
-    Play at random.
-
+    :param player: Who plays.
     :param env: Environments with a ``Monitor`` each.
-    :param n_episodes: Episodes to play, at least.
-    :param seed: Seed of the actions.
-    :return: Their returns.
+    :return: Returns of ``N_EVAL_EPISODES`` episodes, actions sampled.
     """
-    rng = np.random.default_rng(seed)
-    env.reset()
-    returns: list[float] = []
-    while len(returns) < n_episodes:
-        _, _, _, infos = env.step(rng.integers(env.action_space.n, size=env.num_envs))  # type: ignore[attr-defined]
-        returns += [info["episode"]["r"] for info in infos if "episode" in info]
+    returns, _ = evaluate_policy(player, env, N_EVAL_EPISODES, deterministic=False, return_episode_rewards=True)  # type: ignore[arg-type]
     return np.array(returns)
 
 
@@ -112,7 +105,7 @@ def main() -> None:
 
     env = make_vec_env(lambda: make_minatar(GAME), n_envs=n_envs, seed=args.seed)
     eval_env = make_vec_env(lambda: make_minatar(GAME), n_envs=10, seed=args.seed + 1_000)
-    before = random_return(eval_env, N_EVAL_EPISODES, args.seed)
+    before = returns_of(RandomPlayer(eval_env.action_space, args.seed), eval_env)
     print(f"MinAtar {GAME}, random play: return {before.mean():.2f} over {len(before)} episodes")
 
     model = IRIS(env=env, seed=args.seed, tensorboard_log=str(folder), **settings)
@@ -127,8 +120,7 @@ def main() -> None:
     model.learn(n_timesteps, callback=evaluation, progress_bar=True)
     model.save(folder / "iris_demo", include=["replay_buffer"])  # the learned game starts from its frames
 
-    after, _ = evaluate_policy(model, eval_env, N_EVAL_EPISODES, deterministic=False, return_episode_rewards=True)
-    returns = np.array(after)
+    returns = returns_of(model, eval_env)
     plot_learning_curve(folder, before.mean())
     write_gif(model, folder)
     print(

@@ -156,6 +156,7 @@ KINDS = {  # what the functions of ours that a kill may hit belong to
         *(
             "save_checkpoint",
             "_write",
+            "_write_new",
             "write_frames",
             "write_arrays",
             "sync",

@@ -103,9 +103,6 @@ class IRIS(SavingAlgorithm):
     :param gamma: Discount in [0, 1].
     :param gae_lambda: The lambda of the lambda-returns, in [0, 1].
     :param ent_coef: Weight of the entropy bonus, at least 0.
-    :param vf_coef: Weight of the critic's squared error, at least 0. The paper's is 1; where returns are large, the critic's
-        gradient then leaves little to the actor in the network that they share.
-    :param normalize_advantage: Whether advantages are standardised over the batch, as in SB3's ``PPO``; the paper's are not.
     :param max_grad_norm: Norm at which each network's gradient is clipped.
     :param exploration_rate: Probability of a uniformly random action in collection, in [0, 1].
     :param temperature: Temperature of the policy's sampling in collection; 0 takes the most likely action.
@@ -134,6 +131,9 @@ class IRIS(SavingAlgorithm):
     :param repeat_exploration: Whether a random action of collection is held for n steps, with a probability that falls with n
         squared (temporally-extended epsilon-greedy, https://arxiv.org/abs/2006.01782); the paper takes it once. For games
         whose rewards a random walk does not come to. ``exploration_rate`` is then how often such a stretch begins.
+    :param vf_coef: Weight of the critic's squared error, at least 0. The paper's is 1; where returns are large, the critic's
+        gradient then leaves little to the actor in the network that they share.
+    :param normalize_advantage: Whether advantages are standardised over the batch, as in SB3's ``PPO``; the paper's are not.
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it, on a CPU if ``embed_dim`` is 256 or more too; else float32.
         ``predict`` and collection are always in float32.
@@ -173,8 +173,6 @@ class IRIS(SavingAlgorithm):
         gamma: float = 0.995,
         gae_lambda: float = 0.95,
         ent_coef: float = 0.001,
-        vf_coef: float = 1.0,
-        normalize_advantage: bool = False,
         max_grad_norm: float = 10.0,
         exploration_rate: float = 0.01,
         temperature: float = 1.0,
@@ -193,6 +191,8 @@ class IRIS(SavingAlgorithm):
         actor_critic_recent_share: float = 0.0,
         rewarded_share: float = 0.0,
         repeat_exploration: bool = False,
+        vf_coef: float = 1.0,
+        normalize_advantage: bool = False,
         amp: str | None = "auto",
         compile: bool | str = "auto",
         _init_setup_model: bool = True,
@@ -235,8 +235,6 @@ class IRIS(SavingAlgorithm):
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.ent_coef = ent_coef
-        self.vf_coef = vf_coef
-        self.normalize_advantage = normalize_advantage
         self.max_grad_norm = max_grad_norm
         self.exploration_rate = exploration_rate
         self.temperature = temperature
@@ -248,6 +246,8 @@ class IRIS(SavingAlgorithm):
         self.actor_critic_recent_share = actor_critic_recent_share
         self.rewarded_share = rewarded_share
         self.repeat_exploration = repeat_exploration
+        self.vf_coef = vf_coef
+        self.normalize_advantage = normalize_advantage
         self.amp = amp
         self.compile = compile
         self._compiled: dict[str, Compiled] = {}

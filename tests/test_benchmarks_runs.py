@@ -1,5 +1,6 @@
 """Runs of the benchmarks: interrupted anywhere they go on, nothing finished is redone, nothing overwritten by mistake."""
 
+import argparse
 import contextlib
 import errno
 import inspect
@@ -342,6 +343,20 @@ def test_other_protocol(tmp_path: Path) -> None:
     (tmp_path / "Pong" / "seed_0" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="not empty and not the folder of a run"):
         main("--out", str(tmp_path), *SMALL, "--games", "Pong")
+
+
+def test_environments_of_presets(tmp_path: Path) -> None:
+    """As many as the settings say, as in `compare.py`; the paper's one is in no record, so that those from before go on."""
+    specs = {
+        preset: atari100k.make_spec(argparse.Namespace(preset=preset, steps=40, eval_games=1), "Kangaroo", 0)
+        for preset in ("paper", "laptop")
+    }
+    assert "n_envs" not in specs["paper"] and specs["laptop"]["n_envs"] == 8
+    folder = tmp_path / "run"
+    config = atari100k.settings("smoke", "Kangaroo")
+    runs.create({folder: specs["laptop"] | {"preset": "smoke", "config": config, "n_envs": 2}})
+    assert work(folder)["status"] == "done"
+    assert IRIS.load(folder / "model.zip", device="cpu").n_envs == 2
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
