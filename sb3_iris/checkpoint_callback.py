@@ -23,8 +23,8 @@ class RunCheckpointCallback(BaseCallback):
     Writes checkpoints from which ``IRIS.resume`` goes on as if the run had not stopped; a sibling of SB3's
     ``CheckpointCallback``, which saves what one needs to play or to start anew.
 
-    Ctrl-C and SIGTERM end the run: a write under way is finished, during a collection a last checkpoint is written, and
-    where the last one lies is said. A disk that is full costs a checkpoint, not the run: it is warned of, and the next one
+    Ctrl-C and SIGTERM end the run: a write under way is finished, during a collection a last checkpoint is written (a second
+    Ctrl-C does not wait for it), and where the last one lies is said. A disk that is full costs a checkpoint, not the run: it is warned of, and the next one
     is tried in its time.
 
     :param save_freq: Env steps (over all environments) between two checkpoints, which are written at ends of collections.
