@@ -26,9 +26,9 @@ On a Slurm cluster, start Ray on the nodes of a job and give the sweep to it, wi
 The nodes need this program at the same path and the extras ``benchmarks`` and ``cluster`` installed. When the job's time is
 over, submit it again: finished runs are skipped, the others go on.
 
-Without Ray, all jobs of an array may have one and the same command: each takes runs that no other works on, and ends when there
-are none left. A job asked to stop writes checkpoints first, if it is collecting; in a training phase it goes back to the last
-one, so let ``--checkpoint-every`` be what you can afford to lose.
+Without Ray, all jobs of an array may have one and the same command: each takes runs that no other works on, and ends when none
+is left. A job that is asked to stop writes checkpoints first if it is collecting; in a training phase its runs go back to the
+last ones, so let ``--checkpoint-every`` be what you can afford to lose.
 """
 
 import argparse

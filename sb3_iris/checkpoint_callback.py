@@ -24,8 +24,8 @@ class RunCheckpointCallback(BaseCallback):
     ``CheckpointCallback``, which saves what one needs to play or to start anew.
 
     Ctrl-C and SIGTERM end the run: a write under way is finished, during a collection a last checkpoint is written (a second
-    Ctrl-C does not wait for it), and where the last one lies is said. A disk that is full costs a checkpoint, not the run: it is warned of, and the next one
-    is tried in its time.
+    Ctrl-C does not wait for it), and where the last one lies is said. A disk that is full costs a checkpoint, not the run: it
+    is warned of, and the next one is tried in its time.
 
     :param save_freq: Env steps (over all environments) between two checkpoints, which are written at ends of collections.
         After the last collection a training phase counts like the steps of an epoch. At the end of ``learn`` there is one too.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from benchmarks import atari100k, runs
 from sb3_iris import IRIS, RunCheckpointCallback, atari_wrappers, checkpoints
 from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.checkpoint_folder import find_checkpoints
+from sb3_iris.perceptual_loss import VGG16_FILE
+from tests.test_perceptual_loss import FakeLPIPS
 
 SCRIPT = str(Path(runs.__file__).with_name("atari100k.py"))
 SMALL = ["--preset", "smoke", "--games", "Kangaroo", "--seeds", "0"]
@@ -94,6 +97,10 @@ class Interrupted(Exception):
     """What a test interrupts a run with."""
 
 
+def raise_interrupted(*args: Any) -> None:
+    raise Interrupted
+
+
 def test_run_is_recorded(tmp_path: Path) -> None:
     data = work(one_run(tmp_path / "run", eval_games=2))
     assert data["status"] == "done" and data["steps"] == 60
@@ -138,6 +145,23 @@ def test_goes_on_after_each_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
     assert model.num_timesteps == 60 and model._n_updates == 3 * (3 + 2)
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [2e-3, 1e-3, 0.0]
     assert model.policy.tokenizer_optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_perceptual_loss_on_one_of_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has had LPIPS if all of its sessions have; on the second machine a stand-in is installed."""
+    folder = one_run(tmp_path / "run", perceptual_loss="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(IRIS, "train", raise_interrupted)
+        with pytest.raises(Interrupted):
+            work(folder)
+    assert runs.read(folder)["perceptual_loss"] is False
+    weights = tmp_path / "hub" / "checkpoints" / VGG16_FILE
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=FakeLPIPS))
+    data = work(folder)
+    assert len(data["sessions"]) == 2 and data["perceptual_loss"] is False
 
 
 def test_interrupted_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
