@@ -390,13 +390,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--reps", type=int, default=2_000, help="bootstrap samples (default: 2000)")
     args = parser.parse_args()
+    if args.reps < 1:
+        raise ValueError(f"--reps {args.reps}: must be at least 1")
     agents = []
     for given in args.runs:
-        name, _, folder = given.rpartition("=")
+        named = "=" in given and not Path(given).is_dir()
+        name, _, folder = given.partition("=") if named else ("", "", given)
         agents.append(agent_of_runs(name or "IRIS (sb3_iris)", Path(folder)))
-    if len({agent.name for agent in agents}) < len(agents):
-        raise ValueError("two folders have the same name: give them as NAME=FOLDER")
     agents += [published_agent(key) for key in args.published]
+    if len({agent.name for agent in agents}) < len(agents):
+        raise ValueError("two agents have the same name: give folders as NAME=FOLDER, with names of their own")
     if not agents:
         raise ValueError("nothing to report: give a folder with runs, or --published")
     print(report(agents, args.out, args.reps))

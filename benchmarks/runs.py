@@ -98,7 +98,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing: {folder} is not the folder of a run") from None
     except ValueError as error:
         raise ValueError(f"{path} is not whole ({error}): nothing was changed, move {folder} away to start it anew") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("spec"), dict):
         raise ValueError(f"{path} was not written by this benchmark (no format {FORMAT!r} in it): nothing was changed")
     return data
 

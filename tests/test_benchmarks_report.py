@@ -157,6 +157,24 @@ def test_commits_are_said(tmp_path: Path) -> None:
     assert "Code: bb-dirty.\n**Not all of it is one commit.**" in head("bb-dirty")
 
 
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A folder may have a = in its path, an agent no name of another's."""
+    folder = tmp_path / "lr=1e-3" / "runs"
+    write_run(folder, "Pong", 0, 14.6)
+
+    def main(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["report.py", "--out", str(tmp_path / "out"), "--reps", "20", *arguments])
+        report.main()
+        return capsys.readouterr().out
+
+    assert "1 x 1" in rows(main(str(folder)))["IRIS (sb3_iris)"]
+    assert "1 x 1" in rows(main(f"ours={folder}"))["ours"]
+    with pytest.raises(ValueError, match="two agents have the same name"):
+        main(f"IRIS (published)={folder}")
+    with pytest.raises(ValueError, match="--reps 0: must be at least 1"):
+        main("--reps", "0")
+
+
 def test_one_run_has_no_interval(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "Pong", 0, 14.6)
     markdown = report.report([report.agent_of_runs("ours", tmp_path / "runs")], tmp_path / "out", reps=20)

@@ -301,7 +301,9 @@ def test_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> No
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ['{"format": "sb3_iris run 1", "spec": {', "[]", '{"game": "Pong"}', ""])
+@pytest.mark.parametrize(
+    "content", ['{"format": "sb3_iris run 1", "spec": {', '{"format": "sb3_iris run 1"}', "[]", '{"game": "Pong"}', ""]
+)
 def test_broken_json(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "Kangaroo" / "seed_0"
     folder.mkdir(parents=True)
