@@ -158,12 +158,7 @@ def lambda_returns(rewards: th.Tensor, values: th.Tensor, ends: th.Tensor, gamma
 
 
 def actor_critic_loss(
-    trajectory: ImaginedTrajectory,
-    gamma: float,
-    gae_lambda: float,
-    ent_coef: float,
-    vf_coef: float = 1.0,
-    normalize_advantage: bool = False,
+    trajectory: ImaginedTrajectory, gamma: float, gae_lambda: float, ent_coef: float
 ) -> tuple[th.Tensor, Logs]:
     """
     REINFORCE with a baseline, value regression and an entropy bonus, means over all steps but the last (Sec. 2.3).
@@ -172,8 +167,6 @@ def actor_critic_loss(
     :param gamma: Discount in [0, 1].
     :param gae_lambda: The lambda of the lambda-returns, in [0, 1].
     :param ent_coef: Weight of the entropy bonus.
-    :param vf_coef: Weight of the value regression; the paper's is 1.
-    :param normalize_advantage: Whether to standardise what the policy's gradient is weighted by, over all these steps.
     :return: The loss and what to log of it.
     """
     with th.no_grad():
@@ -184,13 +177,10 @@ def actor_critic_loss(
     log_probs = F.log_softmax(trajectory.logits[:, :-1], dim=-1)  # (B, T - 1, A)
     chosen = log_probs.gather(-1, trajectory.actions[:, :-1].unsqueeze(-1)).squeeze(-1)
 
-    advantages = returns - values.detach()
-    if normalize_advantage and advantages.numel() > 1:  # as in SB3, a single one has no deviation
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_gradient_loss = -(chosen * advantages).mean()
+    policy_gradient_loss = -(chosen * (returns - values.detach())).mean()
     value_loss = F.mse_loss(values, returns)
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-    loss = policy_gradient_loss + vf_coef * value_loss - ent_coef * entropy
+    loss = policy_gradient_loss + value_loss - ent_coef * entropy
     logs = {
         "loss": loss,
         "policy_gradient_loss": policy_gradient_loss,

@@ -131,9 +131,6 @@ class IRIS(SavingAlgorithm):
     :param repeat_exploration: Whether a random action of collection is held for n steps, with a probability that falls with n
         squared (temporally-extended epsilon-greedy, https://arxiv.org/abs/2006.01782); the paper takes it once. For games
         whose rewards a random walk does not come to. ``exploration_rate`` is then how often such a stretch begins.
-    :param vf_coef: Weight of the critic's squared error, at least 0. The paper's is 1; where returns are large, the critic's
-        gradient then leaves little to the actor in the network that they share.
-    :param normalize_advantage: Whether advantages are standardised over the batch, as in SB3's ``PPO``; the paper's are not.
     :param amp: ``"bfloat16"``: ``torch.autocast`` to it in training, the actor-critic itself excepted; None: float32;
         ``"auto"``: bfloat16 where the hardware computes it, on a CPU if ``embed_dim`` is 256 or more too; else float32.
         ``predict`` and collection are always in float32.
@@ -191,8 +188,6 @@ class IRIS(SavingAlgorithm):
         actor_critic_recent_share: float = 0.0,
         rewarded_share: float = 0.0,
         repeat_exploration: bool = False,
-        vf_coef: float = 1.0,
-        normalize_advantage: bool = False,
         amp: str | None = "auto",
         compile: bool | str = "auto",
         _init_setup_model: bool = True,
@@ -246,8 +241,6 @@ class IRIS(SavingAlgorithm):
         self.actor_critic_recent_share = actor_critic_recent_share
         self.rewarded_share = rewarded_share
         self.repeat_exploration = repeat_exploration
-        self.vf_coef = vf_coef
-        self.normalize_advantage = normalize_advantage
         self.amp = amp
         self.compile = compile
         self._compiled: dict[str, Compiled] = {}
@@ -501,9 +494,7 @@ class IRIS(SavingAlgorithm):
         else:
             game = self._imagined_game(policy.observe, self._autocast_dtype)
             trajectory = imagine(game, policy.actor_critic, contexts, self.imagination_horizon)
-        return actor_critic_loss(
-            trajectory, self.gamma, self.gae_lambda, self.ent_coef, self.vf_coef, self.normalize_advantage
-        )
+        return actor_critic_loss(trajectory, self.gamma, self.gae_lambda, self.ent_coef)
 
     def _imagined_game(self, observe: Observe, dtype: th.dtype | None = None, **kwargs: Any) -> ImaginedGame:
         """

@@ -170,7 +170,7 @@ def check_hyperparameters(model: "IRIS") -> None:
         value = getattr(model, name)
         if not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise ValueError(f"{name}={value!r} must be a number in [0, 1]")
-    for name in ("ent_coef", "vf_coef", "temperature", "eval_temperature", "world_model_weight_decay"):
+    for name in ("ent_coef", "temperature", "eval_temperature", "world_model_weight_decay"):
         value = getattr(model, name)
         if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
             raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
@@ -182,7 +182,7 @@ def check_hyperparameters(model: "IRIS") -> None:
     seed = model.seed
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32):
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}, or None")
-    for name in ("uniform_replay", "repeat_exploration", "normalize_advantage"):
+    for name in ("uniform_replay", "repeat_exploration"):
         value = getattr(model, name)
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be True or False")
