@@ -409,7 +409,7 @@ def test_second_worker_keeps_away(tmp_path: Path) -> None:
 def test_sweep_leaves_alone_what_another_works_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """As the jobs of a cluster's array do with the same command: no waiting, no failure, and the other runs are done."""
+    """As the jobs of a cluster's array do with the same command: no failure, and the other runs are done."""
     command = ["--out", str(tmp_path), *SMALL[:-1], "0", "1", "--steps", "40", "--eval-games", "1", "--refresh", "1"]
     folder = one_run(tmp_path / "Kangaroo" / "seed_0", steps=40)
     with runs.lock(folder), monkeypatch.context() as patch:
