@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.compare import RandomPlayer
 from sb3_iris import IRIS
-from sb3_iris.play import literal, make_env
+from sb3_iris.play import errors_in_words, make_env, model_parser, parse_model_args
 from sb3_iris.world_model_env import ReconstructedVecEnv
 
 
@@ -57,17 +59,6 @@ class SmallCnn(BaseFeaturesExtractor):
         return self.network(images)
 
 
-class Random:
-    """Random play, for ``evaluate_policy``."""
-
-    def __init__(self, env: VecEnv, seed: int) -> None:
-        self.env = env
-        self.env.action_space.seed(seed)
-
-    def predict(self, observation: np.ndarray, *args: Any, **kwargs: Any) -> tuple[np.ndarray, None]:
-        return np.array([self.env.action_space.sample() for _ in observation]), None
-
-
 def real_frames(model: IRIS, env: VecEnv, n_steps: int, seed: int) -> np.ndarray:
     """Frames of real episodes that the model plays, one action in ten at random."""
     rng = np.random.default_rng(seed)
@@ -83,35 +74,30 @@ def real_frames(model: IRIS, env: VecEnv, n_steps: int, seed: int) -> np.ndarray
     return np.concatenate(frames)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a file that IRIS.save wrote")
-    parser.add_argument("--env", required=True, help="the real game: a name registered with Gymnasium, or module:function")
-    parser.add_argument("--env-kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="its arguments")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = model_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(seed=0)
     parser.add_argument("--replay-buffer", help="a file that IRIS.save_replay_buffer wrote")
     parser.add_argument("--steps", type=int, default=100_000, help="steps in the learned game (default: %(default)s)")
     parser.add_argument("--n-envs", type=int, default=64, help="learned games at a time (default: %(default)s)")
     parser.add_argument("--max-episode-steps", type=int, default=50, help="of the learned games (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=100, help="real episodes to evaluate on (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="file to write the result to, as JSON")
-    return parser.parse_args()
+    args = parse_model_args(parser, argv)
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    return args
 
 
-def main() -> None:
-    args = parse_args()
-    env_kwargs = {name: literal(value) for name, _, value in (pair.partition("=") for pair in args.env_kwargs)}
-
-    def real_env() -> VecEnv:
-        return VecTransposeImage(
-            make_vec_env(lambda: make_env(args.env, env_kwargs, model.observation_space), 10, seed=1_000 + args.seed)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with errors_in_words():
+        model = IRIS.load(args.model, device=args.device)
+        if args.replay_buffer is not None:
+            model.load_replay_buffer(args.replay_buffer)
+        real: VecEnv = VecTransposeImage(
+            make_vec_env(lambda: make_env(args.env, args.env_kwargs, model.observation_space), 10, seed=1_000 + args.seed)
         )
-
-    model = IRIS.load(args.model, device=args.device)
-    if args.replay_buffer is not None:
-        model.load_replay_buffer(args.replay_buffer)
-    real = real_env()
     starts = None if model.replay_buffer.size() > 0 else real_frames(model, real, 2_000, args.seed)
     dream = VecMonitor(
         model.get_world_model_env(args.n_envs, max_episode_steps=args.max_episode_steps, start_observations=starts)
@@ -135,7 +121,7 @@ def main() -> None:
     agent.learn(args.steps, log_interval=5)
     result: dict[str, Any] = {"steps": args.steps, "seconds": round(time.perf_counter() - start), "real_return": {}}
     for name, player, env in (
-        ("random", Random(real, args.seed), real),
+        ("random", RandomPlayer(real.action_space, args.seed), real),
         ("iris", model, real),
         ("ppo_in_the_dream", agent, ReconstructedVecEnv(real, model)),
     ):

@@ -13,14 +13,15 @@ The environment gives the keys and the frames that games start from. Escape clos
 
 import argparse
 import ast
+import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.utils import check_for_correct_spaces, get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_iris.atari_wrappers import make_atari_env
@@ -131,12 +132,50 @@ def make_env(name: str, kwargs: dict[str, Any], observation_space: gym.spaces.Sp
     return atari.envs[0] if observation_space.shape == (channels, height, width) else gym.make(name, **kwargs)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m sb3_iris.play", description="Play the learned game in a window.")
+def model_parser(**kwargs: Any) -> argparse.ArgumentParser:
+    """
+    :param kwargs: Arguments of ``ArgumentParser``.
+    :return: A parser of what all programs ask for that take a model and its real game, see ``parse_model_args``.
+    """
+    parser = argparse.ArgumentParser(**kwargs)
     parser.add_argument("model", help="a file that IRIS.save wrote")
     parser.add_argument("--env", required=True, help="the real game: a name registered with Gymnasium, or module:function")
     parser.add_argument("--env-kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="its arguments")
+    parser.add_argument("--seed", type=int, help="makes what happens reproducible (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="where the networks are (default: %(default)s)")
+    return parser
+
+
+def parse_model_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """
+    :param parser: What ``model_parser`` gave, perhaps with more arguments.
+    :param argv: The command line; the program's own if None.
+    :return: Its arguments, ``env_kwargs`` as a dictionary. What is wrong ends the program with a word about it.
+    """
+    args = parser.parse_args(argv)
+    pairs = [pair.partition("=") for pair in args.env_kwargs]
+    if not all(separator for _, separator, _ in pairs):
+        parser.error(f"--env-kwargs {' '.join(args.env_kwargs)}: write each as NAME=VALUE")
+    args.env_kwargs = {name: literal(value) for name, _, value in pairs}
+    try:
+        get_device(args.device)
+    except RuntimeError as error:
+        parser.error(f"--device {args.device}: {error}")
+    return args
+
+
+@contextlib.contextmanager
+def errors_in_words() -> Iterator[None]:
+    """What is wrong with the model, or with the game and its arguments, ends the program without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, gym.error.Error) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = model_parser(prog="python -m sb3_iris.play", description="Play the learned game in a window.")
     parser.add_argument("--agent", action="store_true", help="let the policy play")
     parser.add_argument("--real", action="store_true", help="play the real game, beside what the model makes of its frames")
     parser.add_argument("--fps", type=int, default=10, help="steps per second (default: %(default)s)")
@@ -146,12 +185,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-episode-steps", type=int, default=1_000, help="of the learned game, and in a video (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, help="makes what happens reproducible")
-    parser.add_argument("--device", default="auto", help="where the networks are (default: %(default)s)")
-    args = parser.parse_args(argv)
-    pairs = [pair.partition("=") for pair in args.env_kwargs]
-    if not all(separator for _, separator, _ in pairs):
-        parser.error(f"--env-kwargs {' '.join(args.env_kwargs)}: write each as NAME=VALUE")
+    args = parse_model_args(parser, argv)
     for name in ("fps", "max_episode_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
@@ -162,7 +196,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--record {args.record}: without a window there are no keys, so add --agent")
         if Path(args.record).suffix not in (".gif", ".mp4") or not Path(args.record).absolute().parent.is_dir():
             parser.error(f"--record {args.record}: name a file that ends in .gif or .mp4, in a folder that there is")
-    args.env_kwargs = {name: literal(value) for name, _, value in pairs}
     return args
 
 
@@ -222,11 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             import pygame  # noqa: F401
         except ImportError as error:
             raise SystemExit("Playing needs the package pygame-ce: pip install 'sb3_iris[extra]'") from error
-    try:
+    with errors_in_words():
         window, keys = make_window(args)
-    # Of the model, or the game and its arguments
-    except (ValueError, TypeError, OSError, ImportError, gym.error.Error) as error:
-        raise SystemExit(f"error: {error}") from error
     if args.record:
         write_video(args.record, record(window, args.max_episode_steps), args.fps)
         print(f"Wrote {args.record}: return {window.total:.3g}")

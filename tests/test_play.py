@@ -166,6 +166,7 @@ def test_record_wants_an_agent(capsys):
         (["--fps", "0"], "--fps 0: it must be at least 1"),
         (["--max-episode-steps", "-3"], "--max-episode-steps -3: it must be at least 1"),
         (["--zoom", "0"], "--zoom 0.0: it must be above 0"),
+        (["--device", "no_device"], "--device no_device: .*no_device"),
     ],
 )
 def test_arguments_that_only_the_end_would_miss(options, said, capsys):
