@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_iris.checkpoint_folder import FolderLock, find_checkpoints
-from sb3_iris.checkpoints import save_checkpoint
+from sb3_iris.checkpoint_folder import find_checkpoints
+from sb3_iris.checkpoints import refuse_checkpoints_of_another_run, save_checkpoint
 from sb3_iris.validation import refuse_events
 
 if TYPE_CHECKING:
@@ -50,14 +50,7 @@ class RunCheckpointCallback(BaseCallback):
         self._handlers: dict[int, Any] = {}
 
     def _init_callback(self) -> None:
-        folder = self.save_path.resolve()
-        if find_checkpoints(folder):
-            lock = self.model._checkpoint_lock  # the folder's, if the model has written there or was resumed from there
-            if lock is None or lock is not FolderLock.of(folder):
-                raise ValueError(
-                    f"save_path={str(self.save_path)!r} has checkpoints of another run, which would be removed: go on with "
-                    "that run, IRIS.resume(save_path, env), or choose another folder"
-                )
+        refuse_checkpoints_of_another_run(self.model, self.save_path.resolve())
         self.model._run_checkpoints.append(self)
 
     def _on_training_start(self) -> None:

@@ -85,6 +85,7 @@ def save_checkpoint(model: "IRIS", folder: str | Path) -> Path:
     :return: Folder of the new checkpoint.
     """
     folder = Path(folder).resolve()
+    refuse_checkpoints_of_another_run(model, folder)
     arrays = dict(_network_arrays(model))
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -93,7 +94,7 @@ def save_checkpoint(model: "IRIS", folder: str | Path) -> Path:
     model.replay_buffer.forget_tokens()
     with signals_deferred(f"Interrupted while a checkpoint was written to {folder}: it is whole, IRIS.resume goes on from it"):
         folder.mkdir(parents=True, exist_ok=True)
-        model._checkpoint_lock = FolderLock.of(folder)
+        model._checkpoint_locks[folder] = FolderLock.of(folder)
         remove_leftovers(folder)
         try:
             checkpoint = _write(model, folder, arrays)
@@ -102,6 +103,20 @@ def save_checkpoint(model: "IRIS", folder: str | Path) -> Path:
             raise
         remove_old(folder)
     return checkpoint
+
+
+def refuse_checkpoints_of_another_run(model: "IRIS", folder: Path) -> None:
+    """
+    :param model: The model.
+    :param folder: Folder in which it is to write checkpoints, resolved.
+    :raises ValueError: If there are some in it, and the model neither wrote there nor was resumed from there, or if another
+        process writes to it.
+    """
+    if find_checkpoints(folder) and model._checkpoint_locks.get(folder) is not FolderLock.of(folder):
+        raise ValueError(
+            f"path={str(folder)!r} has checkpoints of another run, which would be removed: go on with that run, "
+            "IRIS.resume(path, env), or choose another folder"
+        )
 
 
 def _write(model: "IRIS", folder: Path, arrays: dict[str, np.ndarray]) -> Path:
@@ -260,7 +275,8 @@ def resume(cls: "type[IRIS]", path: str | Path, env: Any, device: th.device | st
                 model = _restore(cls, checkpoint, manifest, env, device, kwargs)
         except ValueError as error:
             raise ValueError(f"{checkpoint}: {error}") from error
-        model._checkpoint_lock = lock
+        if lock is not None:
+            model._checkpoint_locks[folder] = lock
         return model
     raise ValueError("; ".join(problems) or f"path={str(path)!r} has no checkpoint in it")
 

@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
@@ -248,7 +249,7 @@ class IRIS(SavingAlgorithm):
         self._progress_bar: tqdm | None = None
         self._learn_progress: LearnProgress | None = None
         self._resumed = False  # whether the next call of `learn` goes on with the one that a checkpoint was written in
-        self._checkpoint_lock: FolderLock | None = None
+        self._checkpoint_locks: dict[Path, FolderLock] = {}
         self._run_checkpoints: list[RunCheckpointCallback] = []  # those of the running call of `learn`
         self._held_out = HeldOut()
         self._training_warnings = TrainingWarnings()

@@ -67,7 +67,7 @@ class SavingAlgorithm(BaseAlgorithm):
 
         :param path: Folder of the run's checkpoints.
         :return: Folder of the new checkpoint, in ``path``.
-        :raises ValueError: If another process writes to ``path``.
+        :raises ValueError: If there are checkpoints of another run in ``path``, or another process writes to it.
         :raises FloatingPointError: If the networks are spoilt by numbers that are not finite.
         """
         return checkpoints.save_checkpoint(self, path)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ class SavingAlgorithm(BaseAlgorithm):
             "_imagination_graph",
             "_perceptual_loss",
             "_progress_bar",
-            "_checkpoint_lock",
+            "_checkpoint_locks",
         ]
         of_this_call = ["_learn_progress", "_resumed", "_run_checkpoints", "_held_out", "_training_warnings", "_exploration"]
         return [*super()._excluded_save_params(), *of_this_process, *of_this_call]

@@ -522,7 +522,7 @@ def test_copies_of_a_model(tmp_path, copied):
     model.env = None
     twin = copied(model)
     assert_equal(parameters(twin), parameters(model))
-    assert model._checkpoint_lock is not None and twin._checkpoint_lock is None
+    assert model._checkpoint_locks.keys() == {tmp_path} and twin._checkpoint_locks != model._checkpoint_locks
     twin.set_env(frame_envs())
     assert twin.learn(4, reset_num_timesteps=False).num_timesteps == 12
 
@@ -540,7 +540,7 @@ def test_copies_of_a_model(tmp_path, copied):
 )
 def test_round_trip_of_any_run(tmp_path, n_envs, rows, steps, length, seed):
     """Checkpoints at any moments, buffers of any size, filled or not: the last one gives back what was there."""
-    folder = tmp_path / str(random.Random(seed).random())
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))  # the same seed may come again
     model = tiny(frame_envs(n_envs, length=length), buffer_size=rows * n_envs, seed=seed, **NO_TRAINING)
     for n in steps:
         model.learn(n * n_envs, reset_num_timesteps=False)
@@ -637,13 +637,17 @@ def test_folder_of_another_run(tmp_path):
     for other in (tiny(env), tiny(env)):  # the second time no model holds the folder
         with pytest.raises(ValueError, match=r"has checkpoints of another run.*IRIS\.resume"):
             other.learn(8, RunCheckpointCallback(4, tmp_path))
+        with pytest.raises(ValueError, match=r"has checkpoints of another run.*IRIS\.resume"):
+            other.save_checkpoint(tmp_path)
         holders.clear()
     assert env.n_steps == 0
     assert [path.name for path in find_checkpoints(tmp_path)] == before
     resumed = IRIS.resume(tmp_path, FrameEnv(), device="cpu")
     resumed.learn(8, RunCheckpointCallback(4, tmp_path), reset_num_timesteps=False)
     resumed.learn(8, RunCheckpointCallback(4, tmp_path), reset_num_timesteps=False)
-    assert find_checkpoints(tmp_path)[0].name.endswith("_24_steps")
+    resumed.save_checkpoint(tmp_path / "copy")
+    resumed.learn(4, reset_num_timesteps=False).save_checkpoint(tmp_path)  # one may write to several folders in turns
+    assert find_checkpoints(tmp_path)[0].name.endswith("_28_steps")
 
 
 @pytest.mark.parametrize("make", [lambda path: RunCheckpointCallback(4, path), lambda path: WorldModelCallback(4, path)])
