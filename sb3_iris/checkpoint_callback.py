@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_iris.checkpoint_folder import find_checkpoints
 from sb3_iris.checkpoints import refuse_checkpoints_of_another_run, save_checkpoint
-from sb3_iris.validation import refuse_events
+from sb3_iris.validation import check_positive, refuse_events
 
 if TYPE_CHECKING:
     from sb3_iris.iris import IRIS
@@ -23,9 +23,10 @@ class RunCheckpointCallback(BaseCallback):
     Writes checkpoints from which ``IRIS.resume`` goes on as if the run had not stopped; a sibling of SB3's
     ``CheckpointCallback``, which saves what one needs to play or to start anew.
 
-    Ctrl-C and SIGTERM end the run: a write under way is finished, during a collection a last checkpoint is written (a second
-    Ctrl-C does not wait for it), and where the last one lies is said. A disk that is full costs a checkpoint, not the run: it
-    is warned of, and the next one is tried in its time.
+    Ctrl-C and SIGTERM end the run: a write under way is finished, during a collection a last checkpoint is written, as soon as
+    the other callbacks are done with the step (a second Ctrl-C does not wait for it), and where the last one lies is said. So
+    it is if the environment fails. A disk that is full costs a checkpoint, not the run: it is warned of, and the next one is
+    tried in its time.
 
     :param save_freq: Env steps (over all environments) between two checkpoints, which are written at ends of collections.
         After the last collection a training phase counts like the steps of an epoch. At the end of ``learn`` there is one too.
@@ -39,8 +40,7 @@ class RunCheckpointCallback(BaseCallback):
 
     def __init__(self, save_freq: int, save_path: str | os.PathLike, verbose: int = 0) -> None:
         super().__init__(verbose)
-        if isinstance(save_freq, bool) or not isinstance(save_freq, int) or save_freq < 1:
-            raise ValueError(f"save_freq={save_freq!r} must be a whole number of at least 1")
+        check_positive(save_freq=save_freq)
         self.save_freq = save_freq
         self.save_path = Path(save_path)
         self._saved_at = 0
@@ -73,13 +73,12 @@ class RunCheckpointCallback(BaseCallback):
         self._in_collection = True
 
     def _on_step(self) -> bool:
-        if self._received is not None:
-            self._save()
-            self._stop(self._received)
+        self._stop_if_asked()
         return True
 
     def _on_rollout_end(self) -> None:
         self._in_collection = False
+        self._stop_if_asked()
         self._save_if_due()
 
     def on_epoch_end(self) -> None:
@@ -88,6 +87,15 @@ class RunCheckpointCallback(BaseCallback):
         assert at is not None
         if at.final_epochs_left < at.final_epochs:
             self._save_if_due()
+
+    def on_failure(self) -> None:
+        """Something has raised an error, in a collection perhaps: what was played before is not lost."""
+        if self._in_collection:
+            self._in_collection = False
+            self._save()
+            # The workers of a SubprocVecEnv get Ctrl-C as well, and answer no more
+            self._stop_if_asked()
+            self._say("Failed")
 
     def _on_training_end(self) -> None:
         self._save()
@@ -123,8 +131,16 @@ class RunCheckpointCallback(BaseCallback):
         else:
             self._stop(number)
 
+    def _stop_if_asked(self) -> None:
+        if self._received is not None:
+            self._save()
+            self._stop(self._received)
+
+    def _say(self, what: str) -> None:
+        print(f"{what}. {self._where()}; IRIS.resume({str(self.save_path)!r}, env) goes on", file=sys.stderr, flush=True)
+
     def _stop(self, number: int) -> None:
-        print(f"Stopped. {self._where()}; IRIS.resume({str(self.save_path)!r}, env) goes on", file=sys.stderr, flush=True)
+        self._say("Stopped")
         self.leave()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -135,3 +151,5 @@ class RunCheckpointCallback(BaseCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._handlers = {}
+        self._received = None
+        self._in_collection = False

@@ -40,9 +40,8 @@ from sb3_iris.mixed_precision import autocast_dtype
 from sb3_iris.perceptual_loss import set_up_perceptual_loss
 from sb3_iris.policies import CnnLstmPolicy
 from sb3_iris.saving import SavingAlgorithm, tuples_to_lists
-from sb3_iris.tokenizer import PerceptualLoss
 from sb3_iris.training_health import TrainingWarnings, check_finite
-from sb3_iris.type_aliases import NETWORKS, Logs, LSTMState, Observe
+from sb3_iris.type_aliases import NETWORKS, Logs, LSTMState, Observe, PerceptualLoss
 from sb3_iris.validation import check_hyperparameters, check_learn_arguments, check_policy_kwargs, check_spaces
 from sb3_iris.world_model_env import WorldModelVecEnv
 
@@ -85,7 +84,8 @@ class IRIS(SavingAlgorithm):
     :param policy: ``"CnnPolicy"`` or a subclass of ``CnnLstmPolicy``.
     :param env: Environment with uint8 images and Discrete actions, or its name if it is registered with Gymnasium.
     :param learning_rate: Learning rate of all three optimizers, or a schedule: a function of the remaining progress, which
-        falls from 1 at the start of ``learn`` to 0 at the end of its last training phase.
+        falls from 1 at the start of ``learn`` (less with ``reset_num_timesteps=False``, by the share of steps already taken)
+        to 0 at the end of its last training phase.
     :param buffer_size: Most steps to keep for replay, over all environments.
     :param train_freq: Env steps collected before each training phase.
     :param tokenizer_batch_size: Frames in a batch.
@@ -282,6 +282,8 @@ class IRIS(SavingAlgorithm):
         self._perceptual_loss = set_up_perceptual_loss(self)
         self.set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
+        if self.seed is None:  # each model plays in its own way
+            self.policy.seed(int(th.randint(2**62, ())))
         self._autocast_dtype = autocast_dtype(self.amp, self.device, self.policy.world_model.transformer.embed_dim)
         compiles(self.compile, self.device)  # raises if it is something else
         if self.verbose >= 1 and self._autocast_dtype is not None:
@@ -325,8 +327,8 @@ class IRIS(SavingAlgorithm):
         seed = None if seed is None else int(seed)  # Python's own streams take no NumPy numbers
         super().set_random_seed(seed)
         self._rng = np.random.default_rng(seed)
-        if seed is not None and hasattr(self, "policy"):
-            self.policy.seed(seed)
+        if hasattr(self, "policy"):
+            self.policy.seed(int(th.randint(2**62, ())) if seed is None else seed)
 
     def collect_rollouts(self, callback: BaseCallback, n_steps: int) -> bool:
         """
@@ -393,6 +395,8 @@ class IRIS(SavingAlgorithm):
         """One training phase: gradient steps of each network whose start has been reached (Sec. 2 and App. A of the paper)."""
         self.replay_buffer.forget_seen()
         self._update_learning_rate([getattr(self.policy, f"{name}_optimizer") for name in NETWORKS])
+        # An optimizer that was loaded has the one that it was saved with
+        self.policy.world_model_optimizer.param_groups[0]["weight_decay"] = self.world_model_weight_decay
         losses: dict[str, Callable[[], tuple[th.Tensor, Logs]]] = {
             "tokenizer": self._tokenizer_loss,
             "world_model": self._world_model_loss,
@@ -570,8 +574,12 @@ class IRIS(SavingAlgorithm):
             callback.on_training_start(locals(), globals())
             self._learn(progress, callback, log_interval)
             callback.on_training_end()
-        finally:
+        except Exception:
             for checkpoints in self._run_checkpoints:
+                checkpoints.on_failure()
+            raise
+        finally:
+            for checkpoints in reversed(self._run_checkpoints):  # each gives signals back to the one before
                 checkpoints.leave()
             self._run_checkpoints = []  # callbacks know all that ran, modules too, so a model that knows them has no copies
             if self._progress_bar is not None:

@@ -11,13 +11,11 @@ import torch as th
 from stable_baselines3.common.utils import get_device
 from torch import nn
 
+from sb3_iris.type_aliases import PerceptualLoss
 from sb3_iris.validation import takes_argument
 
 if TYPE_CHECKING:
     from sb3_iris.iris import IRIS
-
-# Takes images and their reconstructions, each (B, C, H, W) in [-1, 1]; the mean of what it returns is the loss
-PerceptualLoss = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 VGG16_FILE = "vgg16-397923af.pth"  # torchvision's name for its ImageNet weights
 MIN_IMAGE_SIZE = 16  # VGG16 halves the image four times before LPIPS reads it for the last time

@@ -6,19 +6,17 @@ VQ-VAE (https://arxiv.org/abs/1711.00937).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch as th
 from torch import nn
 from torch._compile import _disable_dynamo  # as in torch.optim: th.compiler.disable would load the compiler for all
 from torch.nn import functional as F
 
-from sb3_iris.type_aliases import Logs, QuantizerOutput
+from sb3_iris.type_aliases import Logs, PerceptualLoss, QuantizerOutput
 
 MOVING = 0.1  # difference of a value from the median frame, on the [0, 1] scale, from which on it counts as moving
 HALF_LEVEL = 0.5 / 255  # on the [0, 1] scale; by more than that bytes differ
-
-PerceptualLoss = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -93,6 +93,9 @@ class ImaginedTrajectory(NamedTuple):
 
 Observe = Callable[[th.Tensor], th.Tensor]  # tokens (..., K) int64 to what is seen of their frames, (..., C, H, W) float32
 
+# Images and their reconstructions, each (B, C, H, W) in [-1, 1], to numbers whose mean is the loss
+PerceptualLoss = Callable[[th.Tensor, th.Tensor], th.Tensor]
+
 Logs = dict[str, th.Tensor]  # detached scalars by name; they stay on their device until they are logged
 
 NETWORKS = ("tokenizer", "world_model", "actor_critic")  # in the order of their training phases

@@ -218,18 +218,20 @@ class WorldModelCallback(BaseCallback):
         self.n_segments = n_segments
         self.seed = seed
         self.n_looks = 0
-        self._last_look = 0
+        self._last_look: int | None = None
 
     def _on_training_start(self) -> None:
         refuse_events(self)
-        self._rng = np.random.default_rng(self.seed)
-        self._generator = th.Generator(self.model.device).manual_seed(self.seed)
-        self._last_look = self.num_timesteps
+        if self._last_look is None or self._last_look > self.num_timesteps:  # else the run goes on in another call of `learn`
+            self._rng = np.random.default_rng(self.seed)
+            self._generator = th.Generator(self.model.device).manual_seed(self.seed)
+            self._last_look = self.num_timesteps
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
+        assert self._last_look is not None
         if self.num_timesteps - self._last_look >= self.freq:
             self._last_look = self.num_timesteps
             self.look()

@@ -1,5 +1,6 @@
 """The same seed on the same machine gives the same run, bit for bit."""
 
+import numpy as np
 import pytest
 import torch as th
 
@@ -27,6 +28,17 @@ def test_other_seed():
 def test_no_seed():
     runs = [tiny(FrameEnv(), seed=None).learn(16) for _ in range(2)]
     assert "actions" in differing(steps_in_buffer(runs[0]), steps_in_buffer(runs[1]))
+
+
+def test_predict_without_a_seed():
+    """Each model samples in its own way, and anew where it is asked to."""
+    models = [tiny(FrameEnv(), seed=None) for _ in range(2)]
+    models[1].set_parameters(models[0].get_parameters())
+    frames = np.stack([FrameEnv().reset(seed=0)[0]] * 100)
+    first, second = (model.predict(frames)[0].tolist() for model in models)
+    state = models[0].policy._generator.get_state()
+    models[0].set_random_seed(None)
+    assert first != second and not th.equal(models[0].policy._generator.get_state(), state)
 
 
 @pytest.mark.parametrize("what", ["exploration_rate", "temperature"])

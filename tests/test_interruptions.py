@@ -1,5 +1,6 @@
 """Runs in processes of their own that end badly: what is on disk afterwards is good, and a run goes on from it."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -9,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from stable_baselines3.common.callbacks import BaseCallback
 
 from benchmarks import soak
-from sb3_iris import IRIS, checkpoint_folder
+from sb3_iris import IRIS, RunCheckpointCallback, checkpoint_folder
 from sb3_iris.checkpoint_folder import check_files, find_checkpoints
-from tests.presets import FrameEnv, tiny
+from tests.presets import FrameEnv, frame_envs, tiny
 
 ROOT = Path(__file__).parent.parent
 RUN = """
@@ -41,7 +43,7 @@ print("the end", flush=True)
 """
 
 
-def start(folder: Path, code: str = RUN, **values: float) -> subprocess.Popen:
+def start(folder: Path, code: str = RUN, start_new_session: bool = False, **values: float) -> subprocess.Popen:
     """A run in a process of its own."""
     defaults = {"waits_at": -1, "fails_at": -1, "final_epochs": 1, "steps": 100_000, "save_freq": 8}
     env = {
@@ -56,6 +58,7 @@ def start(folder: Path, code: str = RUN, **values: float) -> subprocess.Popen:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=start_new_session,
         text=True,
     )
 
@@ -87,6 +90,77 @@ def test_asked_to_stop(tmp_path, number, status):
     check_files(newest)
     resumed = IRIS.resume(tmp_path, FrameEnv(), device="cpu")
     assert resumed.num_timesteps == resumed.replay_buffer.size() == 10
+
+
+class Asks(BaseCallback):
+    """Asks the process to stop at a step, as somebody may while a callback evaluates."""
+
+    def __init__(self, number: int, at: int) -> None:
+        super().__init__()
+        self.number, self.at = number, at
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.at:
+            signal.raise_signal(self.number)
+        return True
+
+
+@pytest.mark.parametrize("number, stop", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("at", [4, 16])  # the last step of a collection, and of the last one
+def test_asked_to_stop_in_another_callback(tmp_path, number, stop, at):
+    model = tiny(FrameEnv())
+    with pytest.raises(stop):
+        model.learn(16, [RunCheckpointCallback(100, tmp_path), Asks(number, at)])
+    assert model._n_updates == 3 * (at // 4 - 1)  # no training phase has followed
+    assert IRIS.resume(tmp_path, FrameEnv(), device="cpu").num_timesteps == at
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_signals_are_given_back(tmp_path, fails):
+    """Whatever the number of callbacks, and however the call ends."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    env = FrameEnv()
+    if fails:
+        env.step = None  # type: ignore[assignment]
+    with contextlib.suppress(TypeError):
+        tiny(env).learn(8, [RunCheckpointCallback(4, tmp_path / name) for name in "ab"])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_all_processes_are_asked_to_stop(tmp_path, number, status):
+    """As by Ctrl-C in a terminal and by a cluster: environments in processes of their own end, too."""
+    process = start(tmp_path, code=SUBPROCESSES, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "waiting").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.2)
+    os.killpg(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    newest = find_checkpoints(tmp_path)[0]
+    assert f"Stopped. The last checkpoint is {newest}" in stderr
+    assert IRIS.resume(tmp_path, frame_envs(2), device="cpu").num_timesteps == 20
+
+
+SUBPROCESSES = """
+import functools, sys, time
+from pathlib import Path
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from sb3_iris import RunCheckpointCallback
+from tests.presets import FrameEnv, tiny
+
+class Env(FrameEnv):
+    def step(self, action):
+        if self.n_steps == 10:
+            Path(sys.argv[1], "waiting").touch()
+            time.sleep(60)
+        return super().step(action)
+
+env = SubprocVecEnv([Env, Env], start_method="fork")
+tiny(env, train_freq=16).learn(100, RunCheckpointCallback(16, sys.argv[1]))
+"""
 
 
 def test_asked_to_stop_while_writing(tmp_path):
@@ -123,11 +197,13 @@ def test_final_training_phase(tmp_path):
 
 
 def test_exception_in_the_env(tmp_path):
+    """Nothing that was played before is lost."""
     process = start(tmp_path, fails_at=29)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and "the game is broken" in stderr
+    assert f"Failed. The last checkpoint is {find_checkpoints(tmp_path)[0]}" in stderr
     resumed = IRIS.resume(tmp_path, FrameEnv(), device="cpu")
-    assert resumed.num_timesteps == 24
+    assert resumed.num_timesteps == resumed.replay_buffer.size() == 29
 
 
 def test_killed(tmp_path):

@@ -116,6 +116,20 @@ def test_loaded_model_goes_on_as_if_never_saved(file, trained, tmp_path):
         assert_equal(steps_in_buffer(original), steps_in_buffer(model))
 
 
+def test_other_weight_decay(tmp_path):
+    """It holds from then on, whatever the optimizer was saved with."""
+    model = tiny(FrameEnv()).learn(8)
+    model.save(tmp_path / "model")
+    model.save_checkpoint(tmp_path / "run")
+    for load, path in ((IRIS.load, "model"), (IRIS.resume, "run")):
+        ends = []
+        for kwargs in ({}, {"world_model_weight_decay": 0.5}):
+            loaded = load(tmp_path / path, env=FrameEnv(), device="cpu", **kwargs).learn(8, reset_num_timesteps=False)
+            ends.append(parameters(loaded))
+        assert [group["weight_decay"] for group in loaded.policy.world_model_optimizer.param_groups] == [0.5, 0.0]
+        assert "world_model" in differing(*ends)
+
+
 def test_optimizers_matter(file):
     """The test above can see a lost optimizer state: without one, the next steps are others."""
     runs = []

@@ -24,7 +24,7 @@ from sb3_iris.visualization import (
 from sb3_iris.world_model_env import reconstruct
 from sb3_iris.world_model_report import WorldModelReport
 from tests.corridor import corridor_images, learned_model, position_in
-from tests.presets import SIZE, assert_equal, frame_envs, parameters, steps_in_buffer, tiny
+from tests.presets import SIZE, FrameEnv, assert_equal, frame_envs, parameters, steps_in_buffer, tiny
 
 
 def test_reconstruction_grid():
@@ -115,6 +115,17 @@ def test_missing_packages(monkeypatch, tmp_path):
         write_video(tmp_path / "video.gif", np.zeros((1, 2, 2, 3), dtype=np.uint8))
     with pytest.raises(ImportError, match=r"matplotlib: pip install 'sb3_iris\[extra\]'"):
         WorldModelReport(*columns).plot(tmp_path / "report.png")
+
+
+def test_callback_in_several_calls_of_learn(tmp_path):
+    """It looks as often as in one."""
+    callback = WorldModelCallback(freq=8, folder=tmp_path)
+    model = tiny(FrameEnv())
+    for _ in range(6):
+        model.learn(4, callback, reset_num_timesteps=False)
+    assert {path.name.split("_")[1] for path in tmp_path.iterdir()} == {"8", "16", "24"}
+    tiny(FrameEnv()).learn(12, callback)  # another run
+    assert callback.n_looks == 4
 
 
 def test_callback(tmp_path):
