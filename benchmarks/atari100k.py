@@ -59,7 +59,7 @@ SETTINGS = HERE / "hyperparams" / "iris.yml"
 GAMES = tuple(json.loads(PUBLISHED.read_text())["random"])
 FOR_THE_ZOO = ("policy", "n_envs", "n_timesteps", "env_wrapper", "env_kwargs")
 EVALUATION_STEPS = 2_000  # guess of an evaluation game's length, for the projected hours only
-SEED_STRIDE = 100_000  # seeds of evaluation games and of sessions that go on are this far from those of other runs
+SEED_STRIDE = 100_000  # between the seeds of two runs' environments and evaluation games
 
 
 def presets() -> dict[str, str]:
@@ -166,13 +166,16 @@ def train(run: runs.Run, device: str, checkpoint_every: int) -> None:
     """From the last checkpoint, if there is one, to ``model.zip``."""
     spec, data = run.spec, run.data
     config = with_schedules(spec["config"])
-    env = make_atari_env(spec["game"], spec.get("n_envs", 1), seed=spec["seed"] * SEED_STRIDE)
+    env = make_atari_env(spec["game"], spec.get("n_envs", 1))
     checkpoints = run.folder / "checkpoints"
     if find_checkpoints(checkpoints):
         schedules = {name: value for name, value in config.items() if callable(value)}  # these are in no checkpoint
         model = IRIS.resume(checkpoints, env, device=device, **schedules)
     else:
         model = IRIS("CnnPolicy", env, seed=spec["seed"], device=device, verbose=1, **config)
+        env.seed(
+            spec["seed"] * SEED_STRIDE
+        )  # the model has seeded it from its own seed on, where the next seed begins one further
     steps = model.num_timesteps
     # What came after the checkpoint is played again
     data["training_games"] = [game for game in data.get("training_games", []) if game["step"] <= steps]

@@ -62,7 +62,9 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
 }
 PLAYERS = (*ALGOS, "random")
 CURVE_POINTS = 25
-OURS = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "sign_rewards")  # not the constructor's
+SEED_STRIDE = 1_000  # between the first environments of two seeds, so that no two runs have an environment in common
+# Not the constructor's
+OURS = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "sign_rewards", "planes")
 CAR_RACING = car_racing_env.NAME
 MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 EVALUATION_SEED = 1_000_000
@@ -205,7 +207,15 @@ def check_settings(env: str, config: dict[str, Any]) -> None:
         vec_env.close()
 
 
-def make_env(env: str, n_envs: int, seed: int, evaluation: bool, frame_stack: int = 1, sign_rewards: bool = False) -> VecEnv:
+def make_env(
+    env: str,
+    n_envs: int,
+    seed: int,
+    evaluation: bool,
+    frame_stack: int = 1,
+    sign_rewards: bool = False,
+    planes: bool = False,
+) -> VecEnv:
     """
     :param env: Environment.
     :param n_envs: How many at once.
@@ -213,13 +223,14 @@ def make_env(env: str, n_envs: int, seed: int, evaluation: bool, frame_stack: in
     :param evaluation: Whether scores are counted rather than learned from.
     :param frame_stack: Frames in an observation.
     :param sign_rewards: Whether to give the sign of rewards only.
+    :param planes: Whether to show MinAtar's planes instead of what it renders.
     :return: The environments, channels first.
     """
     if env.startswith("MinAtar/"):
         from benchmarks.minatar_env import make_minatar
 
         game = env.removeprefix("MinAtar/")
-        vec_env = make_vec_env(lambda: make_minatar(game), n_envs, seed=seed)
+        vec_env = make_vec_env(lambda: make_minatar(game, planes=planes), n_envs, seed=seed)
     elif env == CAR_RACING:
         vec_env = make_vec_env(
             env, n_envs, seed=seed, wrapper_class=car_racing_env.wrap_car_racing, env_kwargs=dict(car_racing_env.SETTINGS)
@@ -230,7 +241,7 @@ def make_env(env: str, n_envs: int, seed: int, evaluation: bool, frame_stack: in
         vec_env = SignRewards(vec_env)
     if frame_stack > 1:
         vec_env = VecFrameStack(vec_env, frame_stack)
-    return VecTransposeImage(vec_env)
+    return vec_env if planes else VecTransposeImage(vec_env)
 
 
 def play(run: runs.Run, device: str = "auto") -> None:
@@ -256,8 +267,8 @@ def play(run: runs.Run, device: str = "auto") -> None:
 
     began = time.monotonic()
     n_games = spec["eval_games"]
-    n_envs, seed = min(EVALUATION_ENVS, n_games), EVALUATION_SEED + spec["seed"] * 1000
-    eval_env = make_env(env, n_envs, seed, True, config.get("frame_stack", 1))
+    n_envs, seed = min(EVALUATION_ENVS, n_games), EVALUATION_SEED + spec["seed"] * SEED_STRIDE
+    eval_env = make_env(env, n_envs, seed, True, config.get("frame_stack", 1), planes=config.get("planes", False))
     player = model or RandomPlayer(eval_env.action_space, spec["seed"])
     if model is not None:
         model.set_random_seed(seed)  # the same games whether it has just been trained or was loaded
@@ -289,13 +300,15 @@ def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
     """
     spec = run.spec
     env, algo = spec["env"], spec["agent"]
-    stack, sign = config.get("frame_stack", 1), config.get("sign_rewards", False)
-    vec_env = make_env(env, config["n_envs"], spec["seed"] * 1000, False, stack, sign)
+    seed = spec["seed"] * SEED_STRIDE
+    stack, sign, planes = config.get("frame_stack", 1), config.get("sign_rewards", False), config.get("planes", False)
+    vec_env = make_env(env, config["n_envs"], seed, False, stack, sign, planes)
     kwargs = atari100k.with_schedules({name: value for name, value in config.items() if name not in OURS})
     if algo != "iris" and env.startswith("MinAtar/"):
         kwargs["policy_kwargs"] = {"features_extractor_class": MinAtarCnn, **kwargs.get("policy_kwargs", {})}
     make: Callable[..., BaseAlgorithm] = ALGOS[algo]
     model = make(env=vec_env, seed=spec["seed"], device=device, **kwargs)
+    vec_env.seed(seed)  # the model has seeded them from its own seed on, where the next seed begins one further
     model.set_logger(configure(str(run.folder), ["csv"]))
     run.data["training_rewards"] = [0] * CURVE_POINTS  # sums of their signs, each of as many steps
     model.learn(spec["steps"], callback=Progress(run, stop=algo != "iris"))
@@ -340,6 +353,7 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         raise ValueError(f"{out} has runs of other or of several protocols in it: {sorted(map(str, protocols))}")
     _, env, steps, eval_games = protocols.pop()
     rows = []
+    commits: set[str] = set()
     header = ["Algorithm", "Runs", "Mean score", "IQM", "Hours a run", "On"]
     if reach is not None:
         header.append(f"Steps to {reach:g}")
@@ -355,17 +369,19 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         if not of_algo:
             continue
         check_alike(out, of_algo)
+        name = f"{algo}, planes" if of_algo[0]["spec"]["config"].get("planes") else algo
         if not done:
-            rows.append([algo, f"0 of {len(of_algo)}", *["-"] * (len(header) - 2)])
+            rows.append([name, f"0 of {len(of_algo)}", *["-"] * (len(header) - 2)])
             continue
         points, bounds = intervals({algo: np.array([[data["score"]] for data in done])}, estimates, reps)
         cells = [estimate(points[algo][i], bounds[algo][:, i], len(done), 2) for i in range(2)]
         if len(done) < 4:
             cells[1] = "-"  # the middle half of so few is all of them
         hours = np.mean([sum(data["seconds"].values()) for data in done]) / 3600
+        commits.update(session.get("commit") or "an unknown commit" for data in done for session in data["sessions"])
         machines = [session["hardware"] for data in done for session in data["sessions"]]
         on = ", ".join(dict.fromkeys(str(machine["gpu"] or machine["cpu"]) for machine in machines))
-        rows.append([algo, f"{len(done)} of {len(of_algo)}", *cells, f"{hours:.2f}", on])
+        rows.append([name, f"{len(done)} of {len(of_algo)}", *cells, f"{hours:.2f}", on])
         games = [[(game["step"], game["score"]) for game in data["training_games"]] for data in done]
         if reach is not None:
             needed = [steps_to(curve, reach, eval_games) for curve in games]
@@ -380,7 +396,7 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
             known = ~np.isnan(cube).any(axis=(0, 1))
             if known.any():
                 mean, band = intervals({algo: cube[..., known]}, lambda scores: scores.mean(axis=(0, 1)), min(reps, 500))
-                axes.plot(at[known], mean[algo], label=algo)
+                axes.plot(at[known], mean[algo], label=name)
                 axes.fill_between(at[known], *band[algo], alpha=0.2)
     of_games.set_ylabel("score, mean of the last 10 training games")
     of_rewards.set_ylabel("sum of reward signs per 1,000 steps")
@@ -389,12 +405,13 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     save(figure, out / "compare")
-    note = ""
+    note = f" Code: {', '.join(sorted(commits))}." if commits else ""
     if reach is not None:
-        note = f" Steps: the first after which {eval_games} training games in a row had that mean, run by run."
+        note += f" Steps: the first after which {eval_games} training games in a row had that mean, run by run."
     markdown = (
         f"# {env}, {steps:,} env steps\n\nScores of {eval_games} games after training, actions sampled. Square brackets: 95 % "
-        f"bootstrap interval over runs.{note}\n\n{table(header, rows)}\n![Curves](compare.png)\n"
+        "bootstrap interval over runs; of two or three runs that is from the least to the most, which says less.\n"
+        f"{note}\n\n{table(header, rows)}\n![Curves](compare.png)\n"
     )
     (out / "compare.md").write_text(markdown, encoding="utf-8")
     return markdown
@@ -416,6 +433,7 @@ def main() -> int:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings of IRIS that differ, in YAML"
     )
+    parser.add_argument("--planes", action="store_true", help="baselines see MinAtar's planes instead of what it renders")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     parser.add_argument("--reach", type=float, metavar="SCORE", help="report the env steps that runs need for this score")
     runs.add_arguments(parser)
@@ -437,11 +455,13 @@ def main() -> int:
             make_atari_env(args.env).close()  # complains about an unknown game
         if args.set and "iris" not in args.algos:
             raise ValueError(f"--set {' '.join(args.set)}: these are settings of IRIS, which is not among --algos")
+        if args.planes and (kind != "MinAtar" or {"iris", "random"} & {*args.algos}):
+            raise ValueError("--planes: this is for MinAtar and its baselines, so give --algos without iris and random")
         specs = {}
         for seed in dict.fromkeys(args.seeds):
             for algo in dict.fromkeys(args.algos):
                 spec = {"benchmark": "compare", "agent": algo, "env": args.env, "seed": seed, "steps": args.steps}
-                config = dict(settings(algo, args.env, args.preset))
+                config = dict(settings(algo, args.env, args.preset)) | ({"planes": True} if args.planes else {})
                 for assignment in args.set if algo == "iris" else []:
                     change(config, assignment)
                 spec |= {"eval_games": args.eval_games, "config": config}

@@ -47,6 +47,14 @@ def returns_of(player: IRIS | RandomPlayer, env: VecEnv) -> np.ndarray:
     return np.array(returns)
 
 
+def mean_and_error(returns: np.ndarray) -> str:
+    """
+    :param returns: Returns of episodes.
+    :return: Their mean and its standard error.
+    """
+    return f"{returns.mean():.2f} +- {returns.std(ddof=1) / len(returns) ** 0.5:.2f}"
+
+
 def plot_learning_curve(folder: Path, random_mean: float) -> None:
     """
     :param folder: Where ``EvalCallback`` left its file; the picture is put there too.
@@ -54,7 +62,7 @@ def plot_learning_curve(folder: Path, random_mean: float) -> None:
     """
     evaluations = np.load(folder / "evaluations.npz")
     steps, returns = evaluations["timesteps"], evaluations["results"]
-    means, errors = returns.mean(1), returns.std(1) / np.sqrt(returns.shape[1])
+    means, errors = returns.mean(1), returns.std(1, ddof=1) / np.sqrt(returns.shape[1])
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.plot(steps, means, label="IRIS")
     axes.fill_between(steps, means - errors, means + errors, alpha=0.3)
@@ -124,9 +132,9 @@ def main() -> None:
     plot_learning_curve(folder, before.mean())
     write_gif(model, folder)
     print(
-        f"random play: return {before.mean():.2f} +- {before.std() / len(before) ** 0.5:.2f}\n"
-        f"IRIS after {model.num_timesteps} steps: return {returns.mean():.2f} +- {returns.std() / len(returns) ** 0.5:.2f}"
-        f" (mean and standard error over {len(returns)} episodes)\n"
+        f"random play: return {mean_and_error(before)}\n"
+        f"IRIS after {model.num_timesteps} steps: return {mean_and_error(returns)} "
+        f"(mean and standard error over {len(returns)} episodes)\n"
         f"{(time.time() - start) / 60:.1f} minutes. See {folder.relative_to(ROOT)}/: "
         f"{', '.join(sorted(path.name for path in folder.iterdir()))}"
     )

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         assert isinstance(returns, list)
         summary = {
             "mean": np.mean(returns),
-            "standard_error": np.std(returns) / len(returns) ** 0.5,
+            "standard_error": np.std(returns, ddof=1) / len(returns) ** 0.5,
             "length": np.mean(lengths),
         }
         result["real_return"][name] = {key: round(float(value), 3) for key, value in summary.items()}

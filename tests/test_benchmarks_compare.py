@@ -13,8 +13,9 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
 
-from benchmarks import compare, runs
+from benchmarks import compare, minatar_env, runs
 from benchmarks.car_racing_env import SETTINGS, wrap_car_racing
 
 HARDWARE = {"gpu": None, "cpu": "x", "cpus": 2}
@@ -25,19 +26,36 @@ def spec(algo: str, **config: Any) -> dict[str, Any]:
     settings = {**compare.settings(algo, "MinAtar/Breakout"), **config}
     if algo == "iris":
         settings |= {f"{name}_gradient_steps": 1 for name in NETWORKS} | {f"{name}_batch_size": 2 for name in NETWORKS}
-        settings |= {"final_training_epochs": 1}
+        settings |= {f"{name}_learning_starts": 100 for name in NETWORKS} | {"final_training_epochs": 1}
     return {"benchmark": "compare", "agent": algo, "env": "MinAtar/Breakout", "seed": 0, "steps": 240, "eval_games": 2} | {
         "config": settings
     }
 
 
 @pytest.mark.parametrize("algo", list(compare.ALGOS))
-def test_every_algorithm(tmp_path: Path, algo: str) -> None:
-    """Each gets exactly the steps asked for, and is evaluated on as many games."""
-    config = {"learning_starts": 100} if "dqn" in algo else {}
-    runs.create({tmp_path: spec(algo, **config)})
+def test_every_algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str) -> None:
+    """Each is trained for exactly the steps asked for, in environments of its seed alone, and evaluated on as many games."""
+    config = {"learning_starts": 100} if "dqn" in algo else {"n_steps": 8} if "ppo" in algo else {}
+    evaluations: list[tuple[VecEnv, bool]] = []
+    seeds: list[int] = []
+
+    def evaluate(model: Any, env: VecEnv, n_games: int, deterministic: bool, **kwargs: Any) -> Any:
+        evaluations.append((env, deterministic))
+        return evaluate_policy(model, env, n_games, deterministic, **kwargs)
+
+    class Env(minatar_env.RenderedObservation):
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+            seeds.extend([] if seed is None else [seed])
+            return super().reset(seed=seed, options=options)
+
+    monkeypatch.setattr(compare, "evaluate_policy", evaluate)
+    monkeypatch.setattr(minatar_env, "RenderedObservation", Env)
+    runs.create({tmp_path: spec(algo, **config) | {"seed": 3}})
     runs.work(tmp_path, "benchmarks.compare:play", {"device": "cpu"})
     data = runs.read(tmp_path)
+    n_envs = 1 if "dqn" in algo else 8
+    assert seeds == [*range(3_000, 3_000 + n_envs), 1_003_000, 1_003_001]
+    assert [deterministic for _, deterministic in evaluations] == [False]
     assert data["status"] == "done" and data["steps"] == 240
     assert len(data["evaluation_games"]) == 2 and len(data["training_games"]) > 3
     scores = sum(game["score"] for game in data["training_games"])
@@ -47,8 +65,7 @@ def test_every_algorithm(tmp_path: Path, algo: str) -> None:
         with open(tmp_path / "progress.csv", encoding="utf-8", newline="") as file:
             last = list(csv.DictReader(file))[-1]
         assert int(last["time/total_timesteps"]) == 240 and float(last["rollout/ep_len_mean"]) > 1
-    else:
-        assert compare.ALGOS[algo].load(tmp_path / "model.zip")._n_updates > 0 or algo in ("ppo", "recurrent_ppo")
+    assert compare.ALGOS[algo].load(tmp_path / "model.zip")._n_updates > 0  # type: ignore[attr-defined]
 
 
 def test_car_racing() -> None:
@@ -150,6 +167,31 @@ def stop_halfway(*args: Any, callback: Any, **kwargs: Any) -> None:
     evaluate_policy(*args, **kwargs | {"callback": stop})
 
 
+def test_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baselines, not IRIS, may see what MinAtar gives: a plane for each kind of object, in training and evaluation."""
+    env = compare.make_env("MinAtar/Seaquest", 1, seed=3, evaluation=True, planes=True)
+    game = gym.make("MinAtar/Seaquest-v1")
+    action_space: Any = game.action_space
+    seen, (planes, _) = np.asarray(env.reset()), game.reset(seed=3)
+    assert seen.shape == (1, 10, 10, 10)
+    for _ in range(50):
+        np.testing.assert_array_equal(seen[0], 255 * planes.transpose(2, 0, 1))
+        action = action_space.sample()
+        (seen, _, dones, _), (planes, *_) = env.step(np.array([action])), game.step(action)  # type: ignore[assignment]
+        if dones[0]:
+            break
+    command = "compare.py --env MinAtar/Breakout --seeds 0 --steps 64 --eval-games 1 --device cpu --planes"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--algos", "ppo", "--out", str(tmp_path)])
+    pytest.importorskip("rliable")
+    assert compare.main() == 0
+    assert compare.ALGOS["ppo"].load(tmp_path / "ppo" / "seed_0" / "model.zip").observation_space.shape == (4, 10, 10)
+    assert "| ppo, planes | 1 of 1 |" in (tmp_path / "compare.md").read_text()
+    for wrong in (["--algos", "ppo", "iris"], ["--algos", "ppo", "--env", "Pong"]):
+        monkeypatch.setattr(sys, "argv", [*command.split(), *wrong, "--out", str(tmp_path)])
+        with pytest.raises(ValueError, match="--planes: this is for MinAtar and its baselines"):
+            compare.main()
+
+
 def test_random_play(tmp_path: Path) -> None:
     """What it scores is what the same actions score in the same games; nothing is trained."""
     runs.create({tmp_path: spec("random") | {"seed": 3}})
@@ -199,9 +241,10 @@ def test_settings() -> None:
     assert compare.settings("iris", "Pong", "laptop") == sections["atari-laptop"]
     assert compare.settings("iris", "Freeway", "laptop") == sections["atari-laptop"] | {"temperature": 0.01}
     assert compare.settings("dqn", "Pong", "laptop") == compare.settings("dqn", "Pong")
-    for env in ("MinAtar/Breakout", "Pong"):
-        for algo in compare.ALGOS:
-            assert compare.settings(algo, env)["n_envs"] >= 1
+    baselines = yaml.safe_load((compare.HERE / "hyperparams" / "baselines.yml").read_text())
+    for section, env in (("minatar", "MinAtar/Breakout"), ("atari", "Pong"), ("car_racing", compare.CAR_RACING)):
+        for algo in {*compare.ALGOS} - {"iris"}:
+            assert compare.settings(algo, env) == baselines[section][algo]
 
 
 def finished(folder: Path, algo: str, seed: int, score: float | None) -> None:
@@ -211,7 +254,7 @@ def finished(folder: Path, algo: str, seed: int, score: float | None) -> None:
     if score is not None:
         games = [{"step": 10 * i, "score": score, "frames": 9} for i in range(1, 25)]
         data |= {"status": "done", "score": score, "seconds": {"training": 7200.0}, "training_games": games}
-        data["sessions"] = [{"hardware": HARDWARE}]
+        data["sessions"] = [{"hardware": HARDWARE, "commit": f"abc{seed}"}]
     runs.write_json(path / "run.json", data)
 
 
@@ -229,6 +272,7 @@ def test_report(tmp_path: Path) -> None:
     assert lines["ppo"].split(" | ")[1:4] == ["1 of 2", "5.00", "-"]  # no interval of one run, no quarters of less than four
     assert lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - |"
     assert "qrdqn" not in lines
+    assert "Code: abc0, abc1, abc2, abc3." in markdown
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in compare.report(tmp_path, 3.0, reps=50).splitlines()}
     assert lines["Algorithm"].endswith("| Steps to 3 |")
     assert lines["iris"].endswith("| > 240, > 240, 20, 20 |") and lines["dqn"] == "| dqn | 0 of 1 | - | - | - | - | - |"
