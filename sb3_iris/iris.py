@@ -295,6 +295,9 @@ class IRIS(SavingAlgorithm):
         if saved is not None and saved.n_envs == self.n_envs:
             saved.to(self.device)
             saved.uniform = self.uniform_replay
+            if saved.buffer_size != max(self.buffer_size // self.n_envs, 1):
+                size = saved.buffer_size * self.n_envs
+                warnings.warn(f"The replay buffer in the file is of {size} steps and stays so, whatever buffer_size says")
         else:
             if saved is not None:
                 warnings.warn(

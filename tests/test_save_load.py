@@ -197,6 +197,8 @@ def test_include_replay_buffer(trained, tmp_path):
     assert loaded.replay_buffer.episode_starts[:16, 0].tolist() == ([True] + 4 * [False]) * 2 + 2 * [True, False] + 2 * [False]
     # it says nothing about other environments
     assert IRIS.load(tmp_path / "model", env=frame_envs(2)).replay_buffer.size() == 0
+    with pytest.warns(UserWarning, match="is of 300 steps and stays so, whatever buffer_size says"):
+        assert IRIS.load(tmp_path / "model", env=FrameEnv(), buffer_size=50).replay_buffer.buffer_size == 300
 
 
 def test_custom_objects_and_keywords(file):
