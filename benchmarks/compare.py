@@ -4,8 +4,9 @@ IRIS against PPO, DQN, QR-DQN and RecurrentPPO: the same environment, number of 
     python benchmarks/compare.py --env MinAtar/Breakout --steps 10000 --out runs/compare --jobs 2
     python benchmarks/compare.py --env Pong --steps 100000 --algos iris dqn --seeds 0 1 2 --out runs/compare_pong
 
-``--env`` is a game of MinAtar or an Atari game; one of the algorithms is random play. Settings are those of ``iris.yml`` and
-``baselines.yml`` in ``hyperparams/``; on a CPU, Atari games want ``--preset laptop``.
+``--env`` is a game of MinAtar or an Atari game. Among the algorithms are random play and ``one_action``, which holds the
+action that did best in a few games. Settings are those of ``iris.yml`` and ``baselines.yml`` in ``hyperparams/``; on a CPU,
+Atari games want ``--preset laptop``.
 ``--set`` changes single settings of IRIS, for an ablation::
 
     python benchmarks/compare.py --algos iris --set policy_kwargs.actor_critic_input=frames --out runs/frames
@@ -60,7 +61,7 @@ ALGOS: dict[str, type[BaseAlgorithm]] = {
     "qrdqn": QRDQN,
     "recurrent_ppo": RecurrentPPO,
 }
-PLAYERS = (*ALGOS, "random")
+PLAYERS = (*ALGOS, "random", "one_action")
 CURVE_POINTS = 25
 SEED_STRIDE = 1_000  # between the first environments of two seeds, so that no two runs have an environment in common
 # Not the constructor's
@@ -69,6 +70,7 @@ CAR_RACING = car_racing_env.NAME
 MINATAR = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 EVALUATION_SEED = 1_000_000
 EVALUATION_ENVS = 10  # games at once
+TRIAL_GAMES = 10  # of each action, before the best one is held
 
 
 class MinAtarCnn(BaseFeaturesExtractor):
@@ -116,6 +118,20 @@ class RandomPlayer:
         return np.array([self.action_space.sample() for _ in observation]), None
 
 
+class OneAction:
+    """
+    Always the same action, with the ``predict`` of SB3's models.
+
+    :param action: The action.
+    """
+
+    def __init__(self, action: int) -> None:
+        self.action = action
+
+    def predict(self, observation: np.ndarray, state: Any = None, *args: Any, **kwargs: Any) -> tuple[np.ndarray, None]:
+        return np.full(len(observation), self.action), None
+
+
 class Progress(BaseCallback):
     """
     Writes down every finished game and what rewards come (games can be longer than a run), and stops after the steps that all
@@ -150,7 +166,7 @@ def settings(algo: str, env: str, preset: str = "paper") -> dict[str, Any]:
     :return: What the settings files say.
     """
     kind, _, game = env.rpartition("/")
-    if algo == "random":
+    if algo not in ALGOS:
         return {}
     if algo == "iris":
         if kind == "MinAtar":
@@ -269,7 +285,10 @@ def play(run: runs.Run, device: str = "auto") -> None:
     n_games = spec["eval_games"]
     n_envs, seed = min(EVALUATION_ENVS, n_games), EVALUATION_SEED + spec["seed"] * SEED_STRIDE
     eval_env = make_env(env, n_envs, seed, True, config.get("frame_stack", 1), planes=config.get("planes", False))
-    player = model or RandomPlayer(eval_env.action_space, spec["seed"])
+    player: Any = model or RandomPlayer(eval_env.action_space, spec["seed"])
+    if algo == "one_action":
+        data["action"] = best_action(env, spec["seed"] * SEED_STRIDE)
+        player = OneAction(data["action"])
     if model is not None:
         model.set_random_seed(seed)  # the same games whether it has just been trained or was loaded
 
@@ -281,12 +300,27 @@ def play(run: runs.Run, device: str = "auto") -> None:
         note(variables["episode_rewards"], variables["episode_lengths"])
         run.save(at_most_every=10)
 
-    note(*evaluate_policy(player, eval_env, n_games, False, callback=progress, return_episode_rewards=True))  # type: ignore[arg-type, misc]
+    note(*evaluate_policy(player, eval_env, n_games, False, callback=progress, return_episode_rewards=True))  # type: ignore[misc]
     eval_env.close()
     data["seconds"]["evaluation"] = time.monotonic() - began
     data["score"] = float(np.mean([game["score"] for game in data["evaluation_games"]]))
     data["status"] = "done"
     run.save()
+
+
+def best_action(env: str, seed: int) -> int:
+    """
+    :param env: Environment.
+    :param seed: Seed of the first game.
+    :return: The action with the highest mean score when it is held.
+    """
+    vec_env = make_env(env, TRIAL_GAMES, seed, True)
+    scores = []
+    for action in range(vec_env.action_space.n):  # type: ignore[attr-defined]
+        vec_env.seed(seed)
+        scores.append(evaluate_policy(OneAction(action), vec_env, TRIAL_GAMES)[0])  # type: ignore[arg-type]
+    vec_env.close()
+    return int(np.argmax(scores))
 
 
 def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
@@ -455,8 +489,8 @@ def main() -> int:
             make_atari_env(args.env).close()  # complains about an unknown game
         if args.set and "iris" not in args.algos:
             raise ValueError(f"--set {' '.join(args.set)}: these are settings of IRIS, which is not among --algos")
-        if args.planes and (kind != "MinAtar" or {"iris", "random"} & {*args.algos}):
-            raise ValueError("--planes: this is for MinAtar and its baselines, so give --algos without iris and random")
+        if args.planes and (kind != "MinAtar" or not {*args.algos} <= {*ALGOS} - {"iris"}):
+            raise ValueError("--planes: this is for MinAtar and what learns there beside IRIS, so name such --algos")
         specs = {}
         for seed in dict.fromkeys(args.seeds):
             for algo in dict.fromkeys(args.algos):

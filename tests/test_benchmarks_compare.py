@@ -188,7 +188,7 @@ def test_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| ppo, planes | 1 of 1 |" in (tmp_path / "compare.md").read_text()
     for wrong in (["--algos", "ppo", "iris"], ["--algos", "ppo", "--env", "Pong"]):
         monkeypatch.setattr(sys, "argv", [*command.split(), *wrong, "--out", str(tmp_path)])
-        with pytest.raises(ValueError, match="--planes: this is for MinAtar and its baselines"):
+        with pytest.raises(ValueError, match="--planes: this is for MinAtar and what learns there beside IRIS"):
             compare.main()
 
 
@@ -210,6 +210,20 @@ def test_random_play(tmp_path: Path) -> None:
     assert [game["score"] for game in data["evaluation_games"]] == list(scores.values())
     assert data["score"] == np.mean(list(scores.values()))
     assert not (tmp_path / "model.zip").exists()
+
+
+def test_one_action(tmp_path: Path) -> None:
+    """The chicken that always goes up, which is the second action of three, gets where the others do not."""
+    runs.create({tmp_path: spec("one_action") | {"env": "MinAtar/Freeway", "seed": 1}})
+    runs.work(tmp_path, "benchmarks.compare:play", {"device": "cpu"})
+    data = runs.read(tmp_path)
+    env = compare.make_env("MinAtar/Freeway", 2, compare.EVALUATION_SEED + 1000, evaluation=True)
+    env.reset()
+    for _ in range(1000):
+        _, _, _, infos = env.step(np.array([1, 1]))
+    scores = [info["episode"]["r"] for info in infos]
+    assert data["status"] == "done" and data["steps"] == 0 and data["action"] == 1
+    assert [game["score"] for game in data["evaluation_games"]] == scores and max(scores) > 0
 
 
 def test_same_environment() -> None:
