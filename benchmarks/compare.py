@@ -439,14 +439,15 @@ def report(out: Path, reach: float | None = None, reps: int = 2_000) -> str:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     save(figure, out / "compare")
-    note = f" Code: {', '.join(sorted(commits))}." if commits else ""
+    notes = [
+        f"Scores of {eval_games} games after training, actions sampled. Square brackets: 95 % bootstrap interval over runs; "
+        "of two or three runs that is from the least to the most, which says less."
+    ]
+    if commits:
+        notes.append(f"Code: {', '.join(sorted(commits))}.")
     if reach is not None:
-        note += f" Steps: the first after which {eval_games} training games in a row had that mean, run by run."
-    markdown = (
-        f"# {env}, {steps:,} env steps\n\nScores of {eval_games} games after training, actions sampled. Square brackets: 95 % "
-        "bootstrap interval over runs; of two or three runs that is from the least to the most, which says less.\n"
-        f"{note}\n\n{table(header, rows)}\n![Curves](compare.png)\n"
-    )
+        notes.append(f"Steps: the first after which {eval_games} training games in a row had that mean, run by run.")
+    markdown = f"# {env}, {steps:,} env steps\n\n{' '.join(notes)}\n\n{table(header, rows)}\n![Curves](compare.png)\n"
     (out / "compare.md").write_text(markdown, encoding="utf-8")
     return markdown
 
