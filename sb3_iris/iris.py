@@ -4,7 +4,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -435,9 +435,11 @@ class IRIS(SavingAlgorithm):
         start, cpu_start = time.perf_counter(), time.process_time()
         history: list[Logs] = []
         network.train()
-        hidden = self._progress_bar is None
+        steps: Iterable[int] = range(n_steps)
+        if self._progress_bar is not None:  # a bar that is disabled starts a thread, too, and takes its lock, also in a fork
+            steps = tqdm(steps, desc=name.replace("_", " "), position=1, leave=False)
         try:
-            for _ in tqdm(range(n_steps), desc=name.replace("_", " "), position=1, leave=False, disable=hidden):
+            for _ in steps:
                 with self._autocast():
                     loss, logs = compute_loss()
                 if has_gradients(network):

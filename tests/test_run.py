@@ -13,7 +13,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack
 
-from sb3_iris import IRIS, CnnLstmPolicy
+from sb3_iris import IRIS, CnnLstmPolicy, iris
 from sb3_iris.atari_wrappers import make_atari_env
 from sb3_iris.buffers import SequenceReplayBuffer, Starts
 from sb3_iris.tokenizer import BaseTokenizer
@@ -302,9 +302,11 @@ def test_schedule_goes_on_like_sb3():
     np.testing.assert_allclose(steps.learning_rates[::3], [5e-4, 2.5e-4, 0], atol=1e-12)
 
 
-def test_progress_bars(capsys):
+def test_progress_bars(capsys, monkeypatch):
     model = tiny(FrameEnv())
-    model.learn(8)
+    with monkeypatch.context() as context:
+        context.setattr(iris, "tqdm", None)  # which starts a thread for bars that nobody sees
+        model.learn(8)
     assert capsys.readouterr().err == ""
     model.learn(8, progress_bar=True)
     err = capsys.readouterr().err
