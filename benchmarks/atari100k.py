@@ -173,9 +173,8 @@ def train(run: runs.Run, device: str, checkpoint_every: int) -> None:
         model = IRIS.resume(checkpoints, env, device=device, **schedules)
     else:
         model = IRIS("CnnPolicy", env, seed=spec["seed"], device=device, verbose=1, **config)
-        env.seed(
-            spec["seed"] * SEED_STRIDE
-        )  # the model has seeded it from its own seed on, where the next seed begins one further
+        # The model has seeded it from its own seed on, where the next seed begins one further
+        env.seed(spec["seed"] * SEED_STRIDE)
     steps = model.num_timesteps
     # What came after the checkpoint is played again
     data["training_games"] = [game for game in data.get("training_games", []) if game["step"] <= steps]
