@@ -342,8 +342,7 @@ def train(run: runs.Run, config: dict[str, Any], device: str) -> BaseAlgorithm:
         kwargs["policy_kwargs"] = {"features_extractor_class": MinAtarCnn, **kwargs.get("policy_kwargs", {})}
     make: Callable[..., BaseAlgorithm] = ALGOS[algo]
     model = make(env=vec_env, seed=spec["seed"], device=device, **kwargs)
-    # The model has seeded them from its own seed on, where the next seed begins one further
-    vec_env.seed(seed)
+    vec_env.seed(seed)  # again: the model has seeded them from its own seed on, and those of the next seed begin one further
     model.set_logger(configure(str(run.folder), ["csv"]))
     run.data["training_rewards"] = [0] * CURVE_POINTS  # sums of their signs, each of as many steps
     model.learn(spec["steps"], callback=Progress(run, stop=algo != "iris"))

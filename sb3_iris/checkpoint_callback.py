@@ -91,10 +91,9 @@ class RunCheckpointCallback(BaseCallback):
     def on_failure(self) -> None:
         """Something has raised an error, in a collection perhaps: what was played before is not lost."""
         if self._in_collection:
+            self._stop_if_asked()  # the workers of a SubprocVecEnv get Ctrl-C as well, and answer no more
             self._in_collection = False
             self._save()
-            # The workers of a SubprocVecEnv get Ctrl-C as well, and answer no more
-            self._stop_if_asked()
             self._say("Failed")
 
     def _on_training_end(self) -> None:

@@ -283,7 +283,7 @@ class IRIS(SavingAlgorithm):
         self.set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
         if self.seed is None:  # each model plays in its own way
-            self.policy.seed(int(th.randint(2**62, ())))
+            self.policy.seed(None)
         self._autocast_dtype = autocast_dtype(self.amp, self.device, self.policy.world_model.transformer.embed_dim)
         compiles(self.compile, self.device)  # raises if it is something else
         if self.verbose >= 1 and self._autocast_dtype is not None:
@@ -331,7 +331,7 @@ class IRIS(SavingAlgorithm):
         super().set_random_seed(seed)
         self._rng = np.random.default_rng(seed)
         if hasattr(self, "policy"):
-            self.policy.seed(int(th.randint(2**62, ())) if seed is None else seed)
+            self.policy.seed(seed)
 
     def collect_rollouts(self, callback: BaseCallback, n_steps: int) -> bool:
         """

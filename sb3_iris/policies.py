@@ -174,13 +174,16 @@ class CnnLstmPolicy(BasePolicy):
         """What ``save`` needs to remember for ``load``; learning rates belong to the algorithm."""
         return {**self._arguments, "lr_schedule": self._dummy_schedule, "eval_temperature": self.eval_temperature}
 
-    def seed(self, seed: int) -> None:
+    def seed(self, seed: int | None) -> None:
         """
         Seed the random stream of ``predict``.
 
-        :param seed: Seed.
+        :param seed: Seed; None draws a fresh one.
         """
-        self._generator.manual_seed(seed)
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
 
     def resize(self, observations: np.ndarray) -> np.ndarray:
         """

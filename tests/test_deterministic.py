@@ -36,9 +36,10 @@ def test_predict_without_a_seed():
     models[1].set_parameters(models[0].get_parameters())
     frames = np.stack([FrameEnv().reset(seed=0)[0]] * 100)
     first, second = (model.predict(frames)[0].tolist() for model in models)
-    state = models[0].policy._generator.get_state()
+    state, of_torch = models[0].policy._generator.get_state(), th.get_rng_state()
     models[0].set_random_seed(None)
     assert first != second and not th.equal(models[0].policy._generator.get_state(), state)
+    assert th.equal(th.get_rng_state(), of_torch)  # which is not the model's own
 
 
 @pytest.mark.parametrize("what", ["exploration_rate", "temperature"])
